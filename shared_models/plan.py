@@ -1,0 +1,310 @@
+"""The plan: everything a consortium agreed on, read from one TOML file, frozen, validated and hashed.
+
+The same file serves simulation and deployment. Its SHA-256 is its identity: it is taken over the validated content, so
+comments, order and spelling of defaults do not change it, while any value does. What a hospital decides for itself
+(where data lies, which device, what it permits) is not here; it lives in the site's own ``site.toml``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from shared_models.errors import FederadError
+from shared_models.networks import NETWORKS
+from shared_models.registry import one_of
+from shared_models.tasks import TASKS
+
+NOT_YET = ("privacy", "adaptation", "secure_sum")
+"""Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
+
+Dimensions = Literal[2, 3]
+
+
+class _Contradiction(ValueError):
+    """Two keys that exclude each other; carries the remedy."""
+
+    def __init__(self, key: str, happened: str, because: str, remedy: str) -> None:
+        super().__init__(happened)
+        self.key, self.happened, self.because, self.remedy = key, happened, because, remedy
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TaskTable(_Table):
+    """What is learned."""
+
+    kind: Annotated[str, AfterValidator(one_of(TASKS))] = Field(description=f"the kind of task, one of: {', '.join(TASKS)}")
+    labels: tuple[str, ...] = Field(min_length=2, description='names of the label values 0, 1, ...: the first is "background"')
+    network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(description=f"the network, one of: {', '.join(NETWORKS)}")
+    channels: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
+        default=(16, 32, 64, 128), min_length=2, max_length=7, description="features at each depth, e.g. [16, 32, 64, 128]"
+    )
+    residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+
+
+class SplitTable(_Table):
+    """Expected shares of a site's patients; each patient's place is fixed for ever by a secret hash."""
+
+    train: float = Field(default=0.6, gt=0, lt=1, description="share of patients to train on, between 0 and 1")
+    validation: float = Field(default=0.15, ge=0, lt=1, description="share that chooses the best model, between 0 and 1")
+    test: float = Field(default=0.25, gt=0, lt=1, description="share that is measured once at the end, between 0 and 1")
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-9:
+            raise _Contradiction(
+                "data.split",
+                f"the shares add up to {total:g}",
+                "Every patient has exactly one place.",
+                "make train + validation + test equal 1",
+            )
+        return self
+
+
+class DataTable(_Table):
+    """Which images take part and the grid they are brought to."""
+
+    modality: Literal["MR", "OP"] = Field(description='DICOM modality: "MR", or "OP" for eye photographs')
+    dimensions: Dimensions = Field(description="2 (slices) or 3 (volumes)")
+    patch: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
+        min_length=2, max_length=3, description="training patch in pixels or voxels, as (y, x) or (z, y, x)"
+    )
+    spacing_mm: tuple[Annotated[float, Field(gt=0, le=50)], ...] | None = Field(
+        default=None,
+        description="grid spacing in mm, as (y, x) or (z, y, x); leave it out to keep each image's own grid",
+    )
+    channels: tuple[str, ...] = Field(
+        default=("image",),
+        min_length=1,
+        description='input channels: sequence names such as ["flair", "t1c"]; "image" takes the only one there is, '
+        '["red", "green", "blue"] a colour photograph',
+    )
+    split: SplitTable = Field(default_factory=SplitTable, description="shares for train, validation and test")
+
+
+class TrainingTable(_Table):
+    """How each site trains in a round."""
+
+    epochs: int = Field(default=1, ge=1, le=1000, description="passes over the site's training patients in each round, 1 or more")
+    batch_size: int = Field(default=8, ge=1, le=4096, description="patches in one step, 1 or more")
+    samples_per_patient: int = Field(default=4, ge=1, le=4096, description="patches drawn from each patient in each epoch")
+    foreground: float = Field(default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1")
+    flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="step size, above 0")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay, 0 or more")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description='"float32", or "bfloat16" for mixed precision where the device supports it'
+    )
+
+
+class StrategyTable(_Table):
+    """How rounds are run and updates combined."""
+
+    name: Literal["fedavg", "fedprox"] = Field(default="fedavg", description='"fedavg" or "fedprox"')
+    minimum_sites: int = Field(default=2, ge=1, le=10_000, description="a round with fewer good replies pauses the run")
+    deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86_400, description="seconds a round waits for its sites")
+    proximal_mu: float | None = Field(
+        default=None, ge=0, le=1000, description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)'
+    )
+    max_update_norm: float = Field(
+        default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
+    )
+
+    @model_validator(mode="after")
+    def _proximal_term(self) -> Self:
+        if self.name == "fedprox" and self.proximal_mu is None:
+            raise _Contradiction(
+                "strategy.proximal_mu",
+                'name = "fedprox" without proximal_mu',
+                "FedProx is FedAvg plus a proximal term, and its weight has no sensible default.",
+                "add proximal_mu = 0.01 under [strategy]",
+            )
+        if self.name == "fedavg" and self.proximal_mu is not None:
+            raise _Contradiction(
+                "strategy.proximal_mu",
+                f'name = "fedavg" with proximal_mu = {self.proximal_mu:g}',
+                "FedAvg has no proximal term, so the key would be ignored.",
+                'set name = "fedprox" or remove proximal_mu',
+            )
+        return self
+
+
+class SimulationTable(_Table):
+    """What the harness emulates; a deployment carries it along unread."""
+
+    patients: int = Field(default=40, ge=1, le=100_000, description="patients of each emulated hospital, 1 or more")
+    slices: int = Field(default=12, ge=1, le=200, description="slices of each emulated series, 1 to 200")
+    scanners: tuple[str, ...] = Field(
+        default=(), description="names of emulated scanners, dealt to the sites in this order; empty takes all in turn"
+    )
+    drop_out: float = Field(default=0.0, ge=0, lt=1, description="probability that a site misses a round, 0 to below 1")
+    delay_s: float = Field(default=0.0, ge=0, le=3600, description="longest emulated delay of an answer in seconds")
+    late_joiners: int = Field(default=0, ge=0, le=10_000, description="how many of the last sites join late")
+    late_round: int = Field(default=2, ge=2, le=10_000, description="round in which late joiners appear, 2 or more")
+
+
+class Plan(_Table):
+    """One agreed plan: frozen, validated, hashable.
+
+    Read it with :meth:`load`; a mistake raises :class:`~shared_models.errors.FederadError` P100 to P104 with the key,
+    the value and the remedy.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$", description="lower-case letters, digits and hyphens")
+    rounds: int = Field(ge=1, le=10_000, description="exchanges with the sites, 1 or more")
+    task: TaskTable = Field(description="a table [task]")
+    data: DataTable = Field(description="a table [data]")
+    training: TrainingTable = Field(default_factory=TrainingTable, description="a table [training]")
+    strategy: StrategyTable = Field(default_factory=StrategyTable, description="a table [strategy]")
+    simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
+
+    @model_validator(mode="after")
+    def _axes_agree(self) -> Self:
+        n_axes = self.data.dimensions
+        for key, value in (("patch", self.data.patch), ("spacing_mm", self.data.spacing_mm)):
+            if value is not None and len(value) != n_axes:
+                raise _Contradiction(
+                    f"data.{key}",
+                    f"{key} = {list(value)} has {len(value)} numbers, dimensions = {n_axes}",
+                    "Every axis needs its own number.",
+                    f"give {n_axes} numbers, in the order {'(y, x)' if n_axes == 2 else '(z, y, x)'}",  # noqa: PLR2004
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _patch_fits_network(self) -> Self:
+        factor = 2 ** (len(self.task.channels) - 1)
+        if any(side % factor for side in self.data.patch):
+            raise _Contradiction(
+                "data.patch",
+                f"patch = {list(self.data.patch)}, and a network of {len(self.task.channels)} depths halves it "
+                f"{len(self.task.channels) - 1} times",
+                "A side that cannot be halved that often does not come back at the same size.",
+                f"use multiples of {factor}, or fewer numbers in task.channels",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _background_first(self) -> Self:
+        if self.task.labels[0] != "background" or len(set(self.task.labels)) != len(self.task.labels):
+            raise _Contradiction(
+                "task.labels",
+                f"labels = {list(self.task.labels)}",
+                "Label 0 is everything that nobody drew, and every name stands for one value.",
+                'start the list with "background" and name each label once',
+            )
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the plan: SHA-256 of its canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    def canonical_json(self) -> str:
+        """Every key with its value, sorted, without spaces: what is hashed, stored and sent."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a plan from a TOML file.
+
+        Raises
+        ------
+        FederadError
+            P100 unreadable file, P101 not TOML, P102 a wrong key or value, P103 a contradiction, P104 not implemented yet.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FederadError(
+                "P100",
+                happened=f"The plan {path} cannot be read ({type(error).__name__}).",
+                because="Everything a run does is written there.",
+                remedies=("check the path and that the file is text", "example plans lie in simulation/plans"),
+            ) from None
+        return cls.from_toml(text, name=str(path))
+
+    @classmethod
+    def from_toml(cls, text: str, *, name: str = "plan") -> Self:
+        """Validate the text of a plan; ``name`` stands in messages for where it came from."""
+        try:
+            tables = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise FederadError(
+                "P101",
+                happened=f"{name} is not valid TOML: {error}.",
+                because="A plan that cannot be parsed cannot be agreed on.",
+                remedies=("mend the line named above", "example plans lie in simulation/plans"),
+            ) from None
+        return cls.from_tables(tables, name=name)
+
+    @classmethod
+    def from_tables(cls, tables: dict[str, Any], *, name: str = "plan") -> Self:
+        """Validate tables as TOML or JSON gives them."""
+        for table in NOT_YET:
+            if table in tables:
+                raise FederadError(
+                    "P104",
+                    happened=f"{name} has a table [{table}], which this version does not implement.",
+                    because="Ignoring it would run the plan without what it promises.",
+                    remedies=(f"remove [{table}] to run without it", "or wait for a release whose CHANGELOG names it"),
+                )
+        try:
+            return cls.model_validate_json(json.dumps(tables, default=str))
+        except ValidationError as error:
+            raise _as_federad_error(cls, error, name) from None
+
+
+def _as_federad_error(model: type[BaseModel], error: ValidationError, name: str) -> FederadError:
+    mistakes = error.errors(include_url=False)
+    first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, _Contradiction):
+        return FederadError(
+            "P103",
+            happened=f"{name}: {cause.key}: {cause.happened}.",
+            because=cause.because,
+            remedies=(cause.remedy,),
+        )
+    location = [part for part in first["loc"] if isinstance(part, str)]
+    key = ".".join(str(part) for part in first["loc"])
+    table, field = _look_up(model, location)
+    if first["type"] == "extra_forbidden":
+        known = sorted(table.model_fields)
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        return FederadError(
+            "P102",
+            happened=f"{name}: {key} is not a key of a plan.",
+            because="A key that nothing reads would be ignored in silence.",
+            remedies=(f"did you mean {close[0]}?",) if close else (f"the keys here are: {', '.join(known)}",),
+        )
+    if first["type"] == "missing":
+        happened, because = f"{name}: {key} is missing.", "It has no default, since no value is right for everyone."
+    else:
+        happened = f"{name}: {key} = {json.dumps(first['input'])}: {first['msg'][0].lower()}{first['msg'][1:]}."
+        because = "Every site would refuse this plan."
+    described = field.description if field is not None and field.description else "see simulation/plans for an example"
+    return FederadError("P102", happened=happened, because=because, remedies=(f"{location[-1]}: {described}",))
+
+
+def _look_up(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The table that holds the last key of ``location``, and that key's field if it exists."""
+    field: FieldInfo | None = None
+    for i, part in enumerate(location):
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field is not None else None
+        if i < len(location) - 1 and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return model, field
