@@ -1,0 +1,410 @@
+"""The catalogue of a site: which patients, studies, series and files its data folder holds, and what was left out.
+
+It is one SQLite file without a person in it: keyed hashes stand for patient IDs, UIDs and paths (folders are often named
+after patients), so a path can be found again only with the site's secret and the folder itself. Series names are kept,
+stripped of the patient's name, ID and dates. Nothing here reads pixels; ``cohort`` does.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import sqlite3
+import stat
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from client.data import dicom, images
+from client.data.keys import key_of
+from client.data.records import Facts, File, Kind, Role, Series, Study
+from client.data.skips import Reason, Skipped, UnusableError, counts, unusable
+from client.data.storage import replacing
+from shared_models.errors import FederadError
+
+__all__ = ["Catalogue", "Progress", "Reason", "Series", "Skipped", "Study"]
+
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+VERSION = 1
+"""Of the file's tables; another version is built anew."""
+
+_TABLES = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE patients (key TEXT PRIMARY KEY);
+CREATE TABLE studies (key TEXT PRIMARY KEY, patient TEXT NOT NULL REFERENCES patients, split TEXT);
+CREATE TABLE series (
+    id INTEGER PRIMARY KEY, study TEXT NOT NULL REFERENCES studies, key TEXT NOT NULL, name TEXT NOT NULL,
+    kind TEXT NOT NULL, role TEXT NOT NULL, modality TEXT, scanner TEXT, reference TEXT);
+CREATE TABLE files (
+    series INTEGER NOT NULL REFERENCES series, key TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    instance TEXT NOT NULL, PRIMARY KEY (series, key)) WITHOUT ROWID;
+CREATE TABLE skipped (file TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
+"""
+
+_FIXED_WORD = "federad catalogue"
+"""Its key tells whether two secrets are the same, without telling either."""
+
+
+class Catalogue:
+    """Patients, studies, series and files of one folder, and the files left out with the reason for each.
+
+    Built with :meth:`build`, read with :meth:`open`; never changed in between.
+    """
+
+    def __init__(self, source: Path, secret_check: str, studies: list[Study], skipped: list[Skipped]) -> None:
+        self._source = source
+        self._secret_check = secret_check
+        self._studies = studies
+        self._skipped = skipped
+
+    @classmethod
+    def build(cls, path: Path, source: Path, *, secret: bytes, on_progress: Progress | None = None) -> Catalogue:
+        """Look at every file below ``source`` and write the catalogue to ``path``, all or nothing.
+
+        A DICOM file that was in the catalogue at ``path`` with the same size and time is not opened again. Links to
+        folders are not followed.
+
+        Parameters
+        ----------
+        path
+            Where the SQLite file goes; an existing one is replaced at the end.
+        source
+            The folder with the site's images; it is only read.
+        secret
+            The site's secret, the key of all keys.
+        on_progress
+            Called after each file with (files done, files in all).
+
+        Raises
+        ------
+        FederadError
+            C140 if the folder holds no usable image, C142 if the catalogue cannot be written.
+        """
+        listing = _listing(source)
+        survey = _Survey(source, secret, known=_known(path, secret))
+        with warnings.catch_warnings():
+            # pydicom's warnings quote header values, and a log may leave the building.
+            warnings.simplefilter("ignore")
+            for done, relative in enumerate(listing, start=1):
+                survey.look_at(relative)
+                if on_progress is not None:
+                    on_progress(done, len(listing))
+        entries, skipped = _assembled(survey.entries, survey.skipped)
+        if not any(entry.facts.role is Role.IMAGE for entry in entries):
+            raise _no_image(source, len(listing), skipped)
+        with replacing(path) as partial:
+            _write(partial, source, key_of(secret, _FIXED_WORD), entries, skipped)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Catalogue:
+        """Read the catalogue at ``path``.
+
+        Raises
+        ------
+        FederadError
+            C143 if it is missing, unreadable or of another version.
+        """
+        try:
+            with closing(_connect(path)) as db:
+                (version,) = db.execute("PRAGMA user_version").fetchone()
+                if version == VERSION:
+                    about = dict(db.execute("SELECT name, value FROM about"))
+                    skipped = [Skipped(key, Reason(r)) for key, r in db.execute("SELECT * FROM skipped ORDER BY file")]
+                    return cls(Path(about["source"]), about["secret_check"], _studies(db), skipped)
+                happened = f"The catalogue {path} has version {version}; this is version {VERSION}."
+        except (sqlite3.Error, KeyError, ValueError) as error:
+            happened = f"The catalogue {path} cannot be read ({type(error).__name__})."
+        raise FederadError(
+            "C143",
+            happened=happened,
+            because="It says which images this site has.",
+            remedies=("prepare the site again: the catalogue is built anew from the data folder",),
+        )
+
+    def studies(self) -> list[Study]:
+        """All studies with at least one image, sorted by (patient, key): never by file-system order."""
+        return list(self._studies)
+
+    def skipped(self) -> list[Skipped]:
+        """The files left out, by key, each with its reason."""
+        return list(self._skipped)
+
+    def locate(self, secret: bytes) -> dict[str, Path]:
+        """Where each file below the source folder lies, by its key.
+
+        The catalogue stores no path; the folder is listed and the keys are computed again.
+
+        Raises
+        ------
+        FederadError
+            C143 if the catalogue was built with another secret.
+        """
+        if not hmac.compare_digest(key_of(secret, _FIXED_WORD), self._secret_check):
+            raise FederadError(
+                "C143",
+                happened="The catalogue was built with another secret than this site's.",
+                because="With another secret every patient would have a new name and a new place in the splits.",
+                remedies=(
+                    "restore the secret that the site was set up with",
+                    "or set up the site anew in an empty folder",
+                ),
+            )
+        return {_file_key(secret, relative): self._source / relative for relative in _listing(self._source)}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One file with one thing it says; a colour photograph has three."""
+
+    file: File
+    facts: Facts
+
+
+class _Survey:
+    """Walks once over the files and sorts them into entries and skips."""
+
+    def __init__(self, source: Path, secret: bytes, known: dict[str, _Entry]) -> None:
+        self.entries: list[_Entry] = []
+        self.skipped: list[Skipped] = []
+        self._source = source
+        self._secret = secret
+        self._known = known
+        self._index = images.Index.of(source)
+
+    def look_at(self, relative: PurePosixPath) -> None:
+        if relative == PurePosixPath("index.csv"):
+            return
+        key = _file_key(self._secret, relative)
+        try:
+            self.entries += self._entries(key, relative)
+        except UnusableError as error:
+            self.skipped.append(Skipped(key, error.reason))
+
+    def _entries(self, key: str, relative: PurePosixPath) -> Iterable[_Entry]:
+        path = self._source / relative
+        with unusable(Reason.NOT_OPENED):
+            status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UnusableError(Reason.NOT_AN_IMAGE)
+        if status.st_size == 0:
+            raise UnusableError(Reason.EMPTY)
+        file = File(key, status.st_size, status.st_mtime_ns)
+        known = self._known.get(key)
+        if known is not None and known.file == file:
+            return [known]
+        return [_Entry(file, facts) for facts in self._inspect(path, relative, status.st_size)]
+
+    def _inspect(self, path: Path, relative: PurePosixPath, size: int) -> tuple[Facts, ...]:
+        name = relative.name.lower()
+        if name.endswith(images.NIFTI_ENDINGS):
+            return (images.inspect_nifti(path, relative, self._secret),)
+        if name.endswith(images.PICTURE_ENDINGS):
+            return images.inspect_picture(path, relative, self._secret, self._index)
+        return (dicom.inspect(path, size, self._secret),)
+
+
+def _listing(source: Path) -> list[PurePosixPath]:
+    """Every file below ``source``, relative to it and sorted, so that no result depends on the file system's order."""
+    found = (Path(folder, name) for folder, _, names in os.walk(source) for name in names)
+    return sorted(PurePosixPath(path.relative_to(source)) for path in found)
+
+
+def _file_key(secret: bytes, relative: PurePosixPath) -> str:
+    return key_of(secret, f"file:{relative}")
+
+
+def _assembled(entries: list[_Entry], skipped: list[Skipped]) -> tuple[list[_Entry], list[Skipped]]:
+    """Entries without copies and without labels that belong to no image; each label moved to the study of its image."""
+    seen: set[tuple[str, str]] = set()
+    image_entries: list[_Entry] = []
+    label_entries: list[_Entry] = []
+    skipped = list(skipped)
+    for entry in entries:
+        if (identity := (entry.facts.study, entry.facts.instance)) in seen:
+            skipped.append(Skipped(entry.file.key, Reason.DUPLICATE))
+            continue
+        seen.add(identity)
+        (image_entries if entry.facts.role is Role.IMAGE else label_entries).append(entry)
+    places = _Places(image_entries)
+    labels = []
+    for entry in label_entries:
+        if (study := places.study_of(entry.facts)) is None:
+            skipped.append(Skipped(entry.file.key, Reason.NO_IMAGE))
+        else:
+            labels.append(_Entry(entry.file, replace(entry.facts, study=study)))
+    return image_entries + labels, _once(skipped)
+
+
+class _Places:
+    """Where the images are, so that a label finds its own."""
+
+    def __init__(self, image_entries: list[_Entry]) -> None:
+        self._by_series = {(e.facts.patient, e.facts.series): e.facts.study for e in image_entries}
+        self._studies = {e.facts.study for e in image_entries}
+
+    def study_of(self, label: Facts) -> str | None:
+        """The study a label belongs to: that of the series it names, else its own if there are images in it."""
+        if label.reference is not None:
+            return self._by_series.get((label.patient, label.reference))
+        return label.study if label.study in self._studies else None
+
+
+def _once(skipped: list[Skipped]) -> list[Skipped]:
+    """One reason per file, the first; sorted by key."""
+    first: dict[str, Skipped] = {}
+    for one in skipped:
+        first.setdefault(one.key, one)
+    return [first[key] for key in sorted(first)]
+
+
+def _no_image(source: Path, n_files: int, skipped: list[Skipped]) -> FederadError:
+    looked = f"{n_files} files were looked at; left out: {counts(skipped)}" if n_files else "it is empty or not there"
+    return FederadError(
+        "C140",
+        happened=f"The data folder {source} holds no usable image: {looked}.",
+        because="A site without images cannot take part in a run.",
+        remedies=(
+            "check the path of the data folder, and that the account that runs the site may read it",
+            "DICOM files may lie anywhere below it; NIfTI as <subject>/<name>.nii.gz; photographs in images/ and masks/",
+        ),
+    )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """For reading only, so that a wrong path creates nothing."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+
+
+def _write(path: Path, source: Path, secret_check: str, entries: list[_Entry], skipped: list[Skipped]) -> None:
+    with closing(sqlite3.connect(path)) as db, db:
+        db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA user_version = {VERSION}; {_TABLES}")
+        db.executemany(
+            "INSERT INTO about VALUES (?, ?)",
+            [("source", str(source.absolute())), ("secret_check", secret_check)],
+        )
+        for series, members in _by_series(entries).items():
+            facts = members[0].facts
+            db.execute("INSERT OR IGNORE INTO patients VALUES (?)", (facts.patient,))
+            db.execute("INSERT OR IGNORE INTO studies VALUES (?, ?, ?)", (facts.study, facts.patient, facts.split))
+            row = db.execute(
+                "INSERT INTO series (study, key, name, kind, role, modality, scanner, reference)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (*series, facts.kind, facts.role, facts.modality, facts.scanner, facts.reference),
+            )
+            db.executemany(
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
+                [(row.lastrowid, m.file.key, m.file.size, m.file.mtime_ns, m.facts.instance) for m in members],
+            )
+        db.executemany("INSERT INTO skipped VALUES (?, ?)", [(s.key, s.reason) for s in skipped])
+
+
+def _by_series(entries: list[_Entry]) -> dict[tuple[str, str, str], list[_Entry]]:
+    """Entries by (study, series, name), in sorted order."""
+    grouped: dict[tuple[str, str, str], list[_Entry]] = defaultdict(list)
+    for entry in entries:
+        grouped[entry.facts.study, entry.facts.series, entry.facts.name].append(entry)
+    return dict(sorted(grouped.items()))
+
+
+_FILES = """
+SELECT s.patient, r.study, r.key, r.name, r.kind, r.role, r.modality, r.scanner, r.reference, s.split,
+       f.key, f.size, f.mtime_ns, f.instance
+FROM files f JOIN series r ON f.series = r.id JOIN studies s ON r.study = s.key
+ORDER BY s.patient, r.study, r.key, r.name, f.key
+"""
+
+
+def _stored(db: sqlite3.Connection) -> Iterator[_Entry]:
+    for patient, study, key, name, kind, role, modality, scanner, reference, split, *file, instance in db.execute(
+        _FILES
+    ):
+        yield _Entry(
+            File(*file),
+            Facts(
+                patient=patient,
+                study=study,
+                series=key,
+                instance=instance,
+                name=name,
+                kind=Kind(kind),
+                role=Role(role),
+                modality=modality,
+                scanner=scanner,
+                reference=reference,
+                split=split,
+            ),
+        )
+
+
+def _known(path: Path, secret: bytes) -> dict[str, _Entry]:
+    """DICOM files of an earlier catalogue at ``path``, by key; empty if there is none or it is of another secret."""
+    try:
+        with closing(_connect(path)) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if (
+                version != VERSION
+                or key_of(secret, _FIXED_WORD) != dict(db.execute("SELECT * FROM about"))["secret_check"]
+            ):
+                return {}
+            dicom_kinds = (Kind.DICOM, Kind.SEGMENTATION)
+            return {entry.file.key: entry for entry in _stored(db) if entry.facts.kind in dicom_kinds}
+    except (sqlite3.Error, KeyError, ValueError, TypeError):
+        return {}
+
+
+def _studies(db: sqlite3.Connection) -> list[Study]:
+    grouped: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
+    for entry in _stored(db):
+        grouped[entry.facts.patient, entry.facts.study].append(entry)
+    return [_study(key, patient, entries) for (patient, key), entries in sorted(grouped.items())]
+
+
+def _study(key: str, patient: str, entries: list[_Entry]) -> Study:
+    all_series = [(members[0].facts.role, _series(members)) for members in _by_series(entries).values()]
+    pictures = _named(series for role, series in all_series if role is Role.IMAGE)
+    labels = [series for role, series in all_series if role is Role.LABEL]
+    return Study(
+        key=key,
+        patient=patient,
+        images=pictures,
+        label=_one_label(labels),
+        split=entries[0].facts.split,
+        scanner=next((s.scanner for s in pictures.values() if s.scanner), None),
+    )
+
+
+def _series(members: list[_Entry]) -> Series:
+    facts = members[0].facts
+    return Series(
+        key=facts.series,
+        name=facts.name,
+        kind=facts.kind,
+        files=tuple(member.file for member in members),
+        modality=facts.modality,
+        scanner=facts.scanner,
+        reference=facts.reference,
+    )
+
+
+def _named(series: Iterable[Series]) -> dict[str, Series]:
+    """Series by name; a second one of the same name becomes "name #2"."""
+    by_name: dict[str, Series] = {}
+    for one in series:
+        n = sum(other.name == one.name for other in by_name.values())
+        by_name[one.name if n == 0 else f"{one.name} #{n + 1}"] = one
+    return by_name
+
+
+def _one_label(labels: list[Series]) -> Series | None:
+    """The label series with all files that claim to be it; a photograph's field of view follows its mask."""
+    claims = [label for label in labels if label.name != "fov"]
+    if not claims:
+        return None
+    views = [label for label in labels if label.name == "fov" and label.kind is Kind.PICTURE]
+    return replace(claims[0], files=tuple(file for label in (*claims, *views) for file in label.files))

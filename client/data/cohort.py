@@ -1,0 +1,351 @@
+"""The cohort of a site: the patients a plan can use, each in one split, and their volumes prepared on disk.
+
+Written once per way of looking at the data (:func:`cohort_key`), then only read::
+
+    folder/cohort.json                     who is in which split, what was left out and why; written last
+    folder/volumes/<entry>/image.npy       float32 (channel, z, y, x)
+                          /label.npy       uint8 (z, y, x)
+                          /foreground.npy  int32 (n, 3)
+                          /entry.json      spacing [mm]
+
+An entry's name is a hash over the study, the cohort key and the size and time of the study's files: an entry that exists
+is complete and current, and is never decoded again. Nothing is ever pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from client.data import dicom, images
+from client.data.catalogue import Catalogue, Progress
+from client.data.keys import Split, split_of
+from client.data.preprocessing import prepare
+from client.data.records import File, Kind, Series, Study
+from client.data.scan import Scan, stacked
+from client.data.skips import Reason, Skipped, UnusableError, counts
+from client.data.storage import replacing, write_json
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+from shared_models.volume import Volume
+
+VERSION = 1
+"""Of the readers and of preprocessing: raise it when a volume would come out differently, and caches are built anew."""
+
+
+def cohort_key(plan: Plan) -> str:
+    """Hash over everything in a plan that decides what a cohort holds: 32 hexadecimal digits.
+
+    That is ``plan.data`` without the training patch, and ``plan.task.labels``. Plans that look at the data alike share a
+    cohort folder.
+    """
+    looks = {
+        "version": VERSION,
+        "data": plan.data.model_dump(mode="json", exclude={"patch"}),
+        "labels": plan.task.labels,
+    }
+    return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Patient:
+    """One person with all usable studies: the unit of privacy, of sampling and of every split."""
+
+    key: str
+    studies: tuple[str, ...]
+    """Keys of the studies, sorted; at least one."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A study in the cache."""
+
+    study: str
+    patient: str
+    split: Split
+    entry: str
+    spacing_mm: tuple[float, float, float]
+    scanner: str | None
+
+
+class Cohort:
+    """The patients of this site that a plan can use. Built with :meth:`build`, reopened with :meth:`open`."""
+
+    def __init__(self, folder: Path, prepared: tuple[_Prepared, ...], skipped: tuple[Skipped, ...]) -> None:
+        self.skipped = skipped
+        """Studies left out, with the reason for each."""
+        self.scanners: tuple[str, ...] = tuple(sorted({p.scanner for p in prepared if p.scanner}))
+        """Scanners of the studies, sorted."""
+        self._folder = folder
+        self._prepared = {p.study: p for p in prepared}
+
+    @classmethod
+    def build(
+        cls, folder: Path, catalogue: Catalogue, plan: Plan, *, secret: bytes, on_progress: Progress | None = None
+    ) -> Cohort:
+        """Read, check and prepare every study, and write the cohort to ``folder``.
+
+        A study that cannot be used is skipped and counted. Studies prepared earlier are kept and not read again. One
+        builder at a time works in a folder.
+
+        Parameters
+        ----------
+        folder
+            Where cohort and cache go; only this folder is written to.
+        catalogue
+            What the site has.
+        plan
+            Read for ``data`` and ``task.labels`` only.
+        secret
+            The site's secret, the one the catalogue was built with.
+        on_progress
+            Called after each study with (studies done, studies in all).
+
+        Raises
+        ------
+        FederadError
+            C141 if no study can be used, C142 if the cache cannot be written, C143 if the secret is another one.
+        """
+        builder = _Builder(folder, plan, secret, catalogue.locate(secret))
+        studies = catalogue.studies()
+        published = _published(studies)
+        with warnings.catch_warnings():
+            # Decoders' warnings quote header values, and a log may leave the building.
+            warnings.simplefilter("ignore")
+            for done, study in enumerate(studies, start=1):
+                builder.add(study, published[study.patient])
+                if on_progress is not None:
+                    on_progress(done, len(studies))
+        if not builder.prepared:
+            raise _nothing_usable(plan, builder.skipped)
+        write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
+        return cls(folder, tuple(builder.prepared), tuple(builder.skipped))
+
+    @classmethod
+    def open(cls, folder: Path) -> Cohort:
+        """Open a cohort that was built in ``folder``.
+
+        Raises
+        ------
+        FederadError
+            C143 if it is missing, unreadable or has lost volumes.
+        """
+        try:
+            content = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+            prepared = tuple(_Prepared(**{**one, "spacing_mm": tuple(one["spacing_mm"])}) for one in content["studies"])
+            skipped = tuple(Skipped(one["key"], Reason(one["reason"])) for one in content["skipped"])
+            n_lost = sum(not (folder / "volumes" / p.entry).is_dir() for p in prepared)
+            if n_lost == 0:
+                return cls(folder, prepared, skipped)
+            happened = f"The cohort in {folder} has lost {n_lost} of its {len(prepared)} prepared volumes."
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            happened = f"The cohort in {folder} cannot be read ({type(error).__name__})."
+        raise FederadError(
+            "C143",
+            happened=happened,
+            because="A plan runs on the patients and prepared volumes that are listed there.",
+            remedies=("prepare the site again for this plan: what is still there is used again",),
+        )
+
+    def patients(self, split: Split) -> tuple[Patient, ...]:
+        """The patients of one split ("train", "validation" or "test"), sorted by key; may be none."""
+        studies: dict[str, list[str]] = defaultdict(list)
+        for one in self._prepared.values():
+            if one.split == split:
+                studies[one.patient].append(one.study)
+        return tuple(Patient(key, tuple(sorted(studies[key]))) for key in sorted(studies))
+
+    def volume(self, study: str) -> Volume:
+        """The prepared volume of a study; ``KeyError`` for a study that is not in the cohort.
+
+        Image and label are read-only memory maps of float32 and uint8: float16 would halve the disk but cost a conversion
+        in every crop, and at 2D sizes the page cache holds either. Only what is touched is read; nothing is kept.
+        """
+        one = self._prepared[study]
+        entry = self._folder / "volumes" / one.entry
+        return Volume(
+            image=np.load(entry / "image.npy", mmap_mode="r", allow_pickle=False),
+            label=np.load(entry / "label.npy", mmap_mode="r", allow_pickle=False),
+            foreground=np.load(entry / "foreground.npy", allow_pickle=False),
+            spacing_mm=one.spacing_mm,
+        )
+
+
+class _Builder:
+    """Prepares one study after the other."""
+
+    def __init__(self, folder: Path, plan: Plan, secret: bytes, paths: Mapping[str, Path]) -> None:
+        self.prepared: list[_Prepared] = []
+        self.skipped: list[Skipped] = []
+        self._folder = folder
+        self._plan = plan
+        self._secret = secret
+        self._paths = paths
+        self._cohort_key = cohort_key(plan)
+
+    def add(self, study: Study, published: set[Split]) -> None:
+        try:
+            if len(published) > 1:
+                raise UnusableError(Reason.SPLITS_DISAGREE)
+            entry, spacing_mm = self._entry(study)
+        except UnusableError as error:
+            self.skipped.append(Skipped(study.key, error.reason))
+            return
+        split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
+        self.prepared.append(_Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner))
+
+    def _entry(self, study: Study) -> tuple[str, tuple[float, float, float]]:
+        """Name and spacing of the study's cache entry, written now unless it is there."""
+        channels, label = chosen_series(study, self._plan)
+        name = self._entry_name(study.key, [*channels, label])
+        path = self._folder / "volumes" / name
+        if not path.is_dir():
+            volume = prepare(self._read(channels, label), self._plan.data)
+            with replacing(path) as partial:
+                _write_entry(partial, volume)
+        z_mm, y_mm, x_mm = json.loads((path / "entry.json").read_text(encoding="utf-8"))["spacing_mm"]
+        return name, (z_mm, y_mm, x_mm)
+
+    def _entry_name(self, study: str, series: list[Series]) -> str:
+        files = [(file.key, *self._status(file)) for one in series for file in one.files]
+        return hashlib.sha256(json.dumps([self._cohort_key, study, files]).encode()).hexdigest()[:32]
+
+    def _status(self, file: File) -> tuple[int, int]:
+        try:
+            status = self._path(file).stat()
+        except OSError as error:
+            raise UnusableError(Reason.FILE_GONE) from error
+        return status.st_size, status.st_mtime_ns
+
+    def _path(self, file: File) -> Path:
+        if file.key not in self._paths:
+            raise UnusableError(Reason.FILE_GONE)
+        return self._paths[file.key]
+
+    def _read(self, channels: list[Series], label: Series) -> Scan:
+        paths = [[self._path(file) for file in one.files] for one in channels]
+        mask = [self._path(file) for file in label.files]
+        names = self._plan.task.labels
+        if channels[0].kind is Kind.PICTURE:
+            scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
+            return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
+        if channels[0].kind is Kind.NIFTI:
+            scan = stacked([images.read_nifti(files[0]) for files in paths])
+            return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
+        is_3d = self._plan.data.dimensions == 3
+        series = [dicom.read_series(files, even=is_3d) for files in paths]
+        scan = stacked([one.scan for one in series])
+        drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
+        return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
+
+
+def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series]:
+    """The image series for each channel of a plan, in its order, and the label series.
+
+    ``channels = ["image"]`` takes the only image series there is; of several, the one called "image", else the one that
+    the segmentation was drawn on. Any other name must be found: exactly, or within one DICOM series description.
+
+    Raises
+    ------
+    UnusableError
+        If a channel is missing or ambiguous, if there is not exactly one label, or if a 3D plan meets a single slice.
+    """
+    if plan.data.dimensions == 3 and all(_is_flat(one) for one in study.images.values()):
+        raise UnusableError(Reason.NEEDS_VOLUME)
+    fitting = {n: s for n, s in study.images.items() if s.modality in (None, plan.data.modality)}
+    if plan.data.channels == ("image",):
+        channels = [_only_image(fitting, study.label)]
+    else:
+        channels = [_channel(name.lower(), fitting) for name in plan.data.channels]
+    if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
+        raise UnusableError(Reason.NEEDS_VOLUME)
+    if study.label is None:
+        raise UnusableError(Reason.NO_LABEL)
+    if len(study.label.files) > 1 and study.label.kind is not Kind.PICTURE:
+        raise UnusableError(Reason.SEVERAL_LABELS)
+    if len({one.kind for one in channels}) > 1:
+        raise UnusableError(Reason.CHANNELS_DIFFER)
+    return channels, study.label
+
+
+def _is_flat(series: Series) -> bool:
+    """One picture or one slice, as far as files tell."""
+    return series.kind is Kind.PICTURE or (series.kind is Kind.DICOM and len(series.files) < 2)
+
+
+def _only_image(fitting: dict[str, Series], label: Series | None) -> Series:
+    if not fitting or set(fitting) == set(images.COLOURS):
+        raise UnusableError(Reason.CHANNEL_MISSING)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    if "image" in fitting:
+        return fitting["image"]
+    drawn_on = [one for one in fitting.values() if label is not None and one.key == label.reference]
+    if len(drawn_on) != 1:
+        raise UnusableError(Reason.SEVERAL_SERIES)
+    return drawn_on[0]
+
+
+def _channel(name: str, fitting: dict[str, Series]) -> Series:
+    exact = [one for one in fitting.values() if one.name == name]
+    within = [one for one in fitting.values() if one.kind is Kind.DICOM and name in one.name]
+    found = exact or within
+    if not found:
+        raise UnusableError(Reason.CHANNEL_MISSING)
+    if len(found) > 1:
+        raise UnusableError(Reason.SEVERAL_SERIES)
+    return found[0]
+
+
+def _published(studies: list[Study]) -> dict[str, set[Split]]:
+    """The published splits of each patient; with more than one, no choice between them could be right."""
+    splits: dict[str, set[Split]] = {study.patient: set() for study in studies}
+    for study in studies:
+        if study.split is not None:
+            splits[study.patient].add(study.split)
+    return splits
+
+
+def _write_entry(folder: Path, volume: Volume) -> None:
+    if volume.label is None:
+        raise ValueError("a prepared volume without a label cannot be cached")
+    folder.mkdir()
+    np.save(folder / "image.npy", volume.image, allow_pickle=False)
+    np.save(folder / "label.npy", volume.label, allow_pickle=False)
+    np.save(folder / "foreground.npy", volume.foreground, allow_pickle=False)
+    (folder / "entry.json").write_text(json.dumps({"spacing_mm": volume.spacing_mm}), encoding="utf-8")
+
+
+def _as_json(plan: Plan, prepared: list[_Prepared], skipped: list[Skipped]) -> dict[str, Any]:
+    return {
+        "key": cohort_key(plan),
+        "studies": [asdict(one) for one in prepared],
+        "skipped": [asdict(one) for one in skipped],
+    }
+
+
+def _nothing_usable(plan: Plan, skipped: list[Skipped]) -> FederadError:
+    is_flat = plan.data.dimensions == 3 and all(s.reason is Reason.NEEDS_VOLUME for s in skipped)
+    if is_flat:
+        happened = (
+            f"The plan works in 3D, and all {len(skipped)} studies of this site are single slices or photographs."
+        )
+        remedies: tuple[str, ...] = ("refuse this plan, or ask the operator for one with dimensions = 2",)
+    else:
+        happened = f"None of this site's {len(skipped)} studies fits the plan ({counts(skipped)})."
+        remedies = (
+            f"the plan asks for channels {list(plan.data.channels)}, labels {list(plan.task.labels)} and "
+            f'modality "{plan.data.modality}": check that series and segments are named so',
+            "or refuse this plan",
+        )
+    return FederadError(
+        "C141", happened=happened, because="The site would have nothing to train or measure on.", remedies=remedies
+    )

@@ -1,0 +1,78 @@
+"""The one door: whatever leaves the hospital passes here, or does not leave.
+
+Every outgoing number is a :class:`Release` of a named kind. The gate knows which kinds may leave, and it alone builds
+the bytes that the courier carries. What each release costs and what the hospital's policy says of it will be decided
+here too; today the three kinds below leave exactly as they are, and nothing else leaves at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from shared_models.errors import FederadError
+from shared_models.messages import Answer, Question, Refusal, encode_answer
+
+Kind = Literal["update", "metric", "count"]
+"""What may leave: a model update, means over this site's patients, numbers of patients."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """Something that is about to leave."""
+
+    kind: Kind
+    value: Mapping[str, Any]
+
+
+class Gate:
+    """The door of one site.
+
+    Parameters
+    ----------
+    site
+        The site's name, as the consortium knows it.
+    """
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+
+    def release(self, question: Question, releases: Sequence[Release]) -> bytes:
+        """The bytes that answer ``question``.
+
+        Raises
+        ------
+        FederadError
+            C147 if a kind is not on the list, comes twice, or holds a value that is not finite.
+        """
+        values: dict[str, Mapping[str, Any]] = {}
+        for release in releases:
+            if release.kind not in get_args(Kind) or release.kind in values:
+                raise _not_released(f"a release of kind {release.kind!r}, which is unknown or came twice")
+            if not all(np.isfinite(value).all() for value in release.value.values()):
+                raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
+            values[release.kind] = release.value
+        answer = Answer(
+            site=self.site,
+            question=question,
+            update=dict(values.get("update", {})),
+            metrics={name: float(value) for name, value in values.get("metric", {}).items()},
+            counts={name: int(value) for name, value in values.get("count", {}).items()},
+        )
+        return encode_answer(answer)
+
+    def refuse(self, question: Question | None, refusal: Refusal) -> bytes:
+        """The bytes that say no, with a reason from the closed list and nothing else."""
+        return encode_answer(Answer(site=self.site, question=question, refusal=refusal))
+
+
+def _not_released(what: str) -> FederadError:
+    return FederadError(
+        "C147",
+        happened=f"The gate stopped {what}.",
+        because="Only what is named and whole may leave this site.",
+        remedies=("look at the training log of this site for the round's loss", "report it if the plan is in order"),
+    )

@@ -1,0 +1,93 @@
+"""An exact running mean: the order in which updates arrive does not change a bit of the result.
+
+Every value is rounded to a multiple of 2^-32 and the multiples are added up as integers, which float64 holds exactly
+below 2^53; addition of integers is associative, addition of rounded floats is not. One update moves a parameter by at
+most 2^-33 (1.2e-10) through rounding, far below float32's own resolution at the size of a weight. The secure sum will use
+the same grid.
+
+Memory is one float64 copy of the model, whatever the number of sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.dlpack import from_dlpack
+
+from shared_models.errors import FederadError
+from shared_models.weights import Weights
+
+GRID_BITS = 32
+LARGEST_VALUE = 2.0 ** (52 - GRID_BITS - 1)
+"""Values must stay below this for the rounding to be to the grid (524288)."""
+
+LARGEST_SUM = 2.0 ** (53 - GRID_BITS)
+"""Weighted sums must stay below this to be exact (2097152)."""
+
+_ROUND = 1.5 * 2.0 ** (52 - GRID_BITS)
+"""Adding and subtracting this rounds a float64 to the grid: 2^(52-bits) is where its spacing equals the grid's."""
+
+_BLOCK = 512 * 1024
+"""Values at a time: 4 MiB of float64 stay in the processor's cache between the four passes over them."""
+
+
+def largest_norm(n_sites: int, weight: int) -> float:
+    """The largest norm an update of ``weight`` may have when ``n_sites`` are asked, so that every sum stays exact.
+
+    It depends on public numbers alone, never on what has arrived, so that the same updates pass in any order.
+    """
+    return min(LARGEST_VALUE, LARGEST_SUM / (max(n_sites, 1) * max(weight, 1)))
+
+
+class ExactMean:
+    """The weighted mean of updates, added up as they arrive.
+
+    Parameters
+    ----------
+    shapes
+        Name and shape of each parameter.
+
+    Promise
+        The mean depends on the set of (update, weight) pairs and not on their order. Holds while every update's norm is
+        at most :func:`largest_norm`, which the caller checks; a sum that could have left the exact range raises S182.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self._scratch = torch.empty(_BLOCK, dtype=torch.float64)
+        self._bound = 0.0
+        self.total_weight = 0
+
+    def add(self, update: Weights, weight: int, norm: float) -> None:
+        """Add an update, float32 and finite, ``weight`` times; ``norm`` is its L2 norm."""
+        self._bound += weight * norm
+        if norm > LARGEST_VALUE or self._bound > LARGEST_SUM:
+            raise FederadError(
+                "S182",
+                happened=f"An update of norm {norm:.3g} and weight {weight} does not fit the exact sum.",
+                because="Beyond it the result would depend on the order in which sites answer.",
+                remedies=("lower max_update_norm under [strategy]", "look at the learning rate: updates should be small"),
+            )
+        for name, total in self._sums.items():
+            flat = from_dlpack(update[name]).reshape(-1)
+            for part, new in zip(torch.split(total.view(-1), _BLOCK), torch.split(flat, _BLOCK), strict=True):
+                scratch = self._scratch[: new.numel()]
+                scratch.copy_(new)
+                scratch.add_(_ROUND).sub_(_ROUND)
+                part.add_(scratch, alpha=weight)
+        self.total_weight += weight
+
+    def mean(self) -> dict[str, NDArray[np.float64]]:
+        """The weighted mean, float64; ``ValueError`` if nothing was added."""
+        if not self.total_weight:
+            raise ValueError("the mean of no updates is undefined")
+        return {name: (total / self.total_weight).numpy() for name, total in self._sums.items()}
+
+
+def norm_of(update: Weights) -> float:
+    """L2 norm over all parameters together; NaN or infinite if any value is."""
+    squares = [float(torch.linalg.vector_norm(from_dlpack(array))) ** 2 for array in update.values()]
+    return float(np.sqrt(sum(squares)))

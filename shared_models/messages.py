@@ -1,0 +1,163 @@
+"""What the server asks a site and what a site answers.
+
+One message a round carries the weights in and all releases out. Both are safetensors bytes (see ``weights``) with a JSON
+header, so that one byte string can be carried by Flower, kept in a station's store and sent again unchanged. The courier
+at the site moves these bytes and reads nothing in them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any, Literal, get_args
+
+from shared_models.errors import FederadError
+from shared_models.weights import Weights, decode, encode, weights_sha256
+
+AskKind = Literal["train", "validate", "test"]
+"""``train``: validate the incoming weights, then train from them. ``validate``, ``test``: measure them on that split."""
+
+Refusal = Literal["unreadable", "unknown-plan", "other-weights", "answered-before", "no-patients", "declined", "failed"]
+"""Every reason a site may give for not answering: a short closed list, so that a reason reveals nothing else."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What makes a question the same question: asked twice, it gets the same answer."""
+
+    run: str
+    """federad's own id of the run, kept when a run is resumed."""
+
+    round: int
+    """Counted from 1; ``validate`` and ``test`` carry the round whose weights they bring."""
+
+    kind: AskKind
+    plan_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question with the weights it is about."""
+
+    question: Question
+    seed: int
+    """Seed of the run, from which sites derive their own (never used for privacy)."""
+
+    weights: Weights
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What passed a site's gate for one question."""
+
+    site: str
+    question: Question | None
+    """The question answered; None if it could not be read."""
+
+    refusal: Refusal | None = None
+    update: Weights = field(default_factory=dict)
+    """New minus old weights; empty unless the site trained."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over this site's patients, finite."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """Numbers of patients, at least 0."""
+
+
+def encode_ask(ask: Ask) -> bytes:
+    """The bytes of a question."""
+    return encode(ask.weights, json.dumps({**asdict(ask.question), "seed": ask.seed}, sort_keys=True))
+
+
+def decode_ask(data: bytes) -> Ask:
+    """Read a question; its weights are checked against their hash.
+
+    Raises
+    ------
+    FederadError
+        M211 if the bytes are not a whole and consistent question.
+    """
+    weights, text = decode(data)
+    header = _header(text, Question.__annotations__.keys() | {"seed"})
+    seed = header.pop("seed")
+    question = _question(header)
+    if not _is_int(seed) or question.weights_sha256 != weights_sha256(weights):
+        raise _unreadable("the weights are not the ones it names")
+    return Ask(question, seed, weights)
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """The bytes of an answer. At a site, only the gate calls this."""
+    header = {
+        "site": answer.site,
+        "question": asdict(answer.question) if answer.question else None,
+        "refusal": answer.refusal,
+        "metrics": dict(answer.metrics),
+        "counts": dict(answer.counts),
+    }
+    return encode(answer.update, json.dumps(header, sort_keys=True, allow_nan=False))
+
+
+def decode_answer(data: bytes) -> Answer:
+    """Read an answer; every field of its header has the type it should have.
+
+    Raises
+    ------
+    FederadError
+        M211 if the bytes are not a whole answer.
+    """
+    update, text = decode(data)
+    header = _header(text, {"site", "question", "refusal", "metrics", "counts"})
+    site, refusal, metrics, counts = (header[key] for key in ("site", "refusal", "metrics", "counts"))
+    question = None if header["question"] is None else _question(header["question"])
+    if not isinstance(site, str) or not 0 < len(site) <= 200:  # noqa: PLR2004
+        raise _unreadable("the site has no name")
+    if refusal is not None and refusal not in get_args(Refusal):
+        raise _unreadable("the reason is not on the list")
+    if not isinstance(metrics, dict) or not all(_is_finite(v) for v in metrics.values()):
+        raise _unreadable("a metric is not a finite number")
+    if not isinstance(counts, dict) or not all(_is_int(v) and 0 <= v < 2**31 for v in counts.values()):
+        raise _unreadable("a count is not a whole number")
+    return Answer(site, question, refusal, update, {k: float(v) for k, v in metrics.items()}, counts)
+
+
+def _header(text: str, keys: set[str]) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _unreadable("its header is not JSON") from None
+    if not isinstance(header, dict) or header.keys() != keys:
+        raise _unreadable("its header has other fields")
+    return header
+
+
+def _question(fields: Any) -> Question:
+    if not isinstance(fields, dict) or fields.keys() != Question.__annotations__.keys():
+        raise _unreadable("its header has other fields")
+    words = [fields[key] for key in ("run", "kind", "plan_sha256", "weights_sha256")]
+    if not all(isinstance(word, str) and len(word) <= 200 for word in words) or not _is_int(fields["round"]):  # noqa: PLR2004
+        raise _unreadable("its header has values of another type")
+    if fields["kind"] not in get_args(AskKind) or fields["round"] < 0:
+        raise _unreadable("its kind or round is none that exists")
+    return Question(**fields)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _unreadable(reason: str) -> FederadError:
+    return FederadError(
+        "M211",
+        happened=f"A message cannot be read: {reason}.",
+        because="It is damaged, or was written by something other than federad.",
+        remedies=("check that both sides run the same version of federad", "ask the other side to send it again"),
+    )

@@ -1,0 +1,103 @@
+"""The task contract: everything the house needs to know about what is learned.
+
+A task ties together the network, what one training sample looks like, the loss, how a whole volume is predicted, how a
+prediction is measured and how it is shown. Adding one is one module in ``tasks`` and its line in the registry there;
+nothing else asks which task it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shared_models.plan import Plan
+from shared_models.registry import look_up
+from shared_models.volume import Volume
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample, as NumPy arrays without a batch axis."""
+
+    image: NDArray[np.float32]
+    """What the network sees, ``(channel, [z,] y, x)``."""
+
+    target: NDArray[np.generic]
+    """What the loss compares it with; its shape is the task's own matter."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One plane for the report, never for the gate."""
+
+    image: NDArray[np.float32]
+    """Grey ``(y, x)`` or colour ``(y, x, 3)``, between 0 and 1."""
+
+    truth: NDArray[np.uint8]
+    """Reference labels, ``(y, x)``."""
+
+    prediction: NDArray[np.uint8]
+    """Predicted labels, ``(y, x)``."""
+
+    pixel_mm: tuple[float, float]
+    """Pixel size along (y, x) [mm]."""
+
+
+class Task(ABC):
+    """What is learned, and how it is judged.
+
+    Parameters
+    ----------
+    plan
+        A validated plan of this kind of task.
+    """
+
+    metrics: ClassVar[dict[str, bool]]
+    """Name of each metric, and whether larger is better. The first is the headline: it chooses the best model."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    @property
+    def headline(self) -> str:
+        """The metric by which the best model is chosen; larger is better."""
+        return next(iter(self.metrics))
+
+    @abstractmethod
+    def build_network(self) -> nn.Module:
+        """A freshly initialised network; its parameters depend on torch's global generator alone."""
+
+    @abstractmethod
+    def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
+        """One training sample of ``volume``, all randomness from ``rng``."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar; no sample's loss depends on the others."""
+
+    @abstractmethod
+    def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.generic]:
+        """The network's answer for a whole volume."""
+
+    @abstractmethod
+    def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
+        """Each of :attr:`metrics` for one predicted volume; finite."""
+
+    @abstractmethod
+    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
+        """The plane of ``volume`` that shows best how good ``prediction`` is."""
+
+
+def task_for(plan: Plan) -> Task:
+    """The task that ``plan`` names."""
+    from shared_models.tasks import TASKS
+
+    task: Task = look_up(TASKS, plan.task.kind)(plan)
+    return task

@@ -1,0 +1,150 @@
+"""What a federation is compared with: one model of all data in one place, and each hospital's own model.
+
+All start from the same weights, take as many passes over as many patients with the same loop, and keep the round with
+the best validation, as the federation does. Only where the data lies differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from client.data.cohort import Cohort, Patient
+from client.training import Split, Trainer, mean_metrics, resident_trainer
+from shared_models.plan import Plan
+from shared_models.task import Picture
+from shared_models.volume import Volume
+from shared_models.weights import Weights, decode, encode, initial_weights
+from simulation.processes import process_pool
+from simulation.stations import SiteFolder, cohort_of
+
+DEVICE = "auto"
+
+
+class PooledCohort:
+    """The patients of several sites as if they lay in one place."""
+
+    def __init__(self, cohorts: Sequence[Cohort]) -> None:
+        self._cohorts = cohorts
+        self._home = {
+            study: cohort
+            for cohort in cohorts
+            for split in ("train", "validation", "test")
+            for patient in cohort.patients(split)  # type: ignore[arg-type]  # the tuple above holds the three literals
+            for study in patient.studies
+        }
+
+    def patients(self, split: Split) -> tuple[Patient, ...]:
+        """All sites' patients of a split, site by site."""
+        return tuple(patient for cohort in self._cohorts for patient in cohort.patients(split))
+
+    def volume(self, study: str) -> Volume:
+        """A volume from the site that has it."""
+        return self._home[study].volume(study)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of a comparison."""
+
+    method: str
+    per_site: dict[str, dict[str, float]]
+    """Test metrics on each site's test patients; sites without any are left out."""
+
+    def mean(self, metric: str) -> float:
+        """Mean over sites, each counting the same."""
+        values = [metrics[metric] for metrics in self.per_site.values()]
+        return sum(values) / len(values) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class TestPatient:
+    """How the shared model did on one test patient, and a picture of it; stays on this machine."""
+
+    site: str
+    metrics: dict[str, float]
+    study: str
+
+
+def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str) -> Weights:
+    """The weights with the best validation among the plan's rounds of training on one cohort; the last without any."""
+    weights = initial_weights(trainer.task.build_network, seed)
+    best, best_value = weights, float("-inf")
+    has_validation = bool(cohort.patients("validation"))
+    for round_ in range(1, plan.rounds + 1):
+        update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
+        weights = {key: weights[key] + update[key] for key in weights}
+        if has_validation:
+            measured = mean_metrics(list(trainer.measure(weights, cohort, "validation").values()))
+            value = measured[trainer.task.headline]
+        else:
+            value = float(round_)
+        if value > best_value:
+            best, best_value = weights, value
+    return best
+
+
+def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> dict[str, Any]:
+    """Mean test metrics at each site that has test patients."""
+    per_site = {}
+    for site in sites:
+        measured = trainer.measure(weights, cohort_of(site, plan), "test")
+        if measured:
+            per_site[site.name] = mean_metrics(list(measured.values()))
+    return per_site
+
+
+def baseline(plan: Plan, sites: Sequence[SiteFolder], home: Sequence[SiteFolder], name: str, seed: int) -> Row:
+    """Train on the data of ``home`` alone and test at all ``sites``."""
+    trainer = resident_trainer(plan, DEVICE)
+    cohorts = [cohort_of(site, plan) for site in home]
+    cohort = cohorts[0] if len(cohorts) == 1 else PooledCohort(cohorts)
+    weights = train_alone(trainer, cohort, plan, seed=seed, name=name)
+    return Row(name, measure_everywhere(trainer, weights, plan, sites))
+
+
+def baselines(
+    plan: Plan, sites: Sequence[SiteFolder], *, seed: int, workers: int, on_done: Callable[[str], None]
+) -> list[Row]:
+    """The central model and every site's own, several at a time; the longest first. Sites that cannot train are left out."""
+    able = [site for site in sites if cohort_of(site, plan).patients("train")]
+    jobs = [("central", able), *((f"local:{site.name}", [site]) for site in able)]
+    rows: list[Row] = []
+    if workers == 1:
+        for name, home in jobs:
+            rows.append(baseline(plan, sites, home, name, seed))
+            on_done(name)
+        return rows
+    with process_pool(min(workers, len(jobs))) as pool:
+        futures: dict[Future[Row], str] = {
+            pool.submit(baseline, plan, sites, home, name, seed): name for name, home in jobs
+        }
+        for future in as_completed(futures):
+            rows.append(future.result())
+            on_done(futures[future])
+    order = [name for name, _ in jobs]
+    return sorted(rows, key=lambda row: order.index(row.method))
+
+
+def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[TestPatient, Picture]]:
+    """Best, median and worst test patient of one site under ``encoded`` weights, with pictures."""
+    weights, _ = decode(encoded)
+    trainer = resident_trainer(plan, DEVICE)
+    cohort = cohort_of(site, plan)
+    measured = trainer.measure(weights, cohort, "test")
+    studies = {patient.key: patient.studies[0] for patient in cohort.patients("test")}
+    ranked = sorted(measured, key=lambda key: (-measured[key][trainer.task.headline], key))
+    chosen = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})] if ranked else []
+    shown = []
+    for key in chosen:
+        volume = cohort.volume(studies[key])
+        picture = trainer.task.picture(trainer.predict_loaded(volume), volume)
+        shown.append((TestPatient(site.name, measured[key], studies[key]), picture))
+    return shown
+
+
+def encoded(weights: Weights) -> bytes:
+    """Weights as bytes, to hand them to a worker."""
+    return encode(weights, "")

@@ -1,0 +1,249 @@
+"""``federad-sim``: try a plan on many hospitals on one machine."""
+
+from __future__ import annotations
+
+from simulation.offline import stay_offline
+
+stay_offline()
+
+import json  # noqa: E402
+import logging  # noqa: E402
+import shlex  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Any  # noqa: E402
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from shared_models.errors import FederadError  # noqa: E402
+
+app = typer.Typer(
+    help="Try a plan on many emulated hospitals and scanners, on one machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan; examples lie in simulation/plans.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder for everything the command makes.")]
+Sites = Annotated[int | None, typer.Option("--sites", help="Number of sites; 4 unless --data says otherwise.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="All randomness of a simulation derives from it.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Worker processes; one for each processor unless given.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def run(
+    plan: PlanFile,
+    out: Out,
+    sites: Sites = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="in-process or ray.")] = "in-process",
+    workers: Workers = None,
+    seed: Seed = 0,
+    compare: Annotated[bool, typer.Option(help="Train the central and the local models too.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run a plan on emulated hospitals, or on real images, and write a report."""
+    from shared_models.plan import Plan
+    from simulation.engine import Execution, usable_cpus
+    from simulation.run import Request, impossible, simulate
+
+    if engine not in ("in-process", "ray"):
+        raise impossible(
+            f"There is no engine {engine!r}.", "An engine is a way to execute a plan.", "--engine in-process or --engine ray"
+        )
+    request = Request(
+        plan=Plan.load(plan),
+        folder=out,
+        n_sites=sites,
+        data=data,
+        seed=seed,
+        execution=Execution("ray" if engine == "ray" else "in-process", workers or usable_cpus()),
+        compare=compare,
+        command=command_line(),
+    )
+    with watching(request.plan, as_json) as watcher:
+        result = simulate(request, watcher)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_result(result, out)
+
+
+@app.command()
+def data(
+    plan: PlanFile, out: Out, sites: Sites = None, seed: Seed = 0, workers: Workers = None, as_json: AsJson = False
+) -> None:
+    """Write the emulated hospitals' DICOM folders."""
+    from shared_models.plan import Plan
+    from simulation.engine import Execution, usable_cpus
+    from simulation.run import Request, emulate_for, impossible, use_folder
+
+    if sites is not None and sites < 1:
+        raise impossible(f"--sites {sites} asks for no site.", "A federation has at least one.", "--sites 4")
+    request = Request(
+        Plan.load(plan), use_folder(out), sites, seed=seed, execution=Execution(workers=workers or usable_cpus())
+    )
+    with watching(request.plan, as_json) as watcher:
+        hospitals = emulate_for(request, watcher)
+    listed = [{"name": h.name, "scanner": h.scanner, "folder": str(h.folder)} for h in hospitals]
+    if as_json:
+        print(json.dumps(listed))
+    else:
+        for hospital in listed:
+            print(f"{hospital['name']}  {hospital['scanner']}  {hospital['folder']}")
+
+
+@app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which one; leave it out to list them.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for everything it makes.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One seed, smaller: an answer within ten minutes.")] = False,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a named comparison, or list them."""
+    from simulation.engine import usable_cpus
+    from simulation.experiments import EXPERIMENTS
+    from simulation.experiments.harness import run_experiment
+    from simulation.run import impossible
+
+    if name is None:
+        listed = {key: experiment.title for key, experiment in EXPERIMENTS.items()}
+        print(json.dumps(listed) if as_json else "\n".join(f"{key}  {title}" for key, title in listed.items()))
+        return
+    if name not in EXPERIMENTS:
+        raise impossible(
+            f"There is no experiment {name!r}.", "An experiment is a named comparison.", f"one of: {', '.join(EXPERIMENTS)}"
+        )
+    if out is None:
+        raise impossible("--out is missing.", "An experiment keeps its partial results there.", "--out DIR")
+    chosen = EXPERIMENTS[name]
+    with watching(chosen.plan(quick=quick), as_json) as watcher:
+        result = run_experiment(
+            chosen, out, quick=quick, workers=workers or usable_cpus(), watcher=watcher, command=command_line()
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_experiment(result, out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+    """Write the HTML report of a run or an experiment again."""
+    from simulation.report import write_experiment_report, write_report
+
+    is_experiment = "experiment" in read_result(folder)
+    path = write_experiment_report(folder) if is_experiment else write_report(folder)
+    print(json.dumps({"report": str(path)}) if as_json else path)
+
+
+def main() -> None:
+    """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=False)
+    except FederadError as error:
+        sys.exit(tell(error, as_json))
+    except (KeyboardInterrupt, typer.Abort):
+        stopped = FederadError(
+            "R233",
+            happened="Stopped by the user.",
+            because="What was done until then is kept in the result folder.",
+            remedies=("look at report.html there", "run the same command again to start afresh"),
+        )
+        sys.exit(tell(stopped, as_json))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own usage errors have one
+            raise
+        sys.exit(tell(usage_error(error), as_json))
+
+
+def usage_error(error: Any) -> FederadError:
+    """A mistake on the command line as a numbered error."""
+    return FederadError(
+        "R230",
+        happened=str(error.format_message()),
+        because="The command cannot tell what is wanted.",
+        remedies=("federad-sim --help", "federad-sim COMMAND --help"),
+    )
+
+
+def tell(error: FederadError, as_json: bool) -> int:
+    """Print an error where its reader looks, and return the exit status."""
+    if as_json:
+        print(json.dumps(error.as_json()))
+    print(error, file=sys.stderr)
+    return error.exit_status
+
+
+def watching(plan: Any, as_json: bool) -> Any:
+    """Progress on the error stream."""
+    from shared_models.task import task_for
+    from simulation.show import Show
+
+    return Show(Console(stderr=True, quiet=as_json), task_for(plan).headline)
+
+
+def command_line() -> str:
+    """The command as it was typed, for the result."""
+    return shlex.join(["federad-sim", *sys.argv[1:]])
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """``result.json`` of a folder; R231 if there is none."""
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FederadError(
+            "R231",
+            happened=f"{folder / 'result.json'} cannot be read ({type(error).__name__}).",
+            because="A report is made from it.",
+            remedies=("give the folder of a finished run", "or run the plan again"),
+        ) from None
+    return result
+
+
+def show_result(result: dict[str, Any], out: Path) -> None:
+    """A table for the terminal."""
+    table = Table(title=f"{result['plan']}: test {result['headline']}")
+    table.add_column("model")
+    comparison = result["comparison"]
+    rows = comparison["rows"] if comparison else []
+    if not rows and result["test"]:
+        values = {site: metrics[result["headline"]] for site, metrics in result["test"]["per_site"].items()}
+        rows = [{"method": "federated", "per_site": values, "mean": result["test"][result["headline"]]}]
+    sites = [site["name"] for site in result["sites"]]
+    for site in [*sites, "mean"]:
+        table.add_column(site, justify="right")
+    for row in rows:
+        values = [row["per_site"].get(site) for site in sites] + [row["mean"]]
+        table.add_row(row["method"], *("–" if value is None else f"{value:.3f}" for value in values))
+    console = Console()
+    console.print(table)
+    console.print(f"weights {result['weights_sha256'][:16]}  {result['seconds']:.0f} s  {out / 'report.html'}")
+
+
+def show_experiment(result: dict[str, Any], out: Path) -> None:
+    """The claims for the terminal."""
+    table = Table(title=result["experiment"])
+    for column in ("claim", "value", "expected", "holds"):
+        table.add_column(column)
+    for claim in result["claims"]:
+        table.add_row(claim["claim"], f"{claim['value']:.3f}", f"{claim['expected']:g}", "yes" if claim["holds"] else "no")
+    console = Console()
+    console.print(table)
+    console.print(out / "report.html")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""Emulated hospitals: folders of real DICOM files, as a hospital would export them.
+
+Every hospital has one scanner and its own patients. A study is one series of classic MR images, one file per slice, with
+the outline of the lesions as a DICOM Segmentation that refers to them::
+
+    site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
+
+The files depend on the plan's [simulation] and [data] tables, the number of sites and the seed alone: the same bytes
+whatever the number of worker processes. Identifiers are fictional, dates are fixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset, dcmwrite
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+from shared_models.seeds import generator
+from simulation.atlas import HEAD_HEIGHT_MM, Grid
+from simulation.patients import EmulatedPatient
+from simulation.scanners import SCANNERS, Scanner, acquire, scanners_sha256
+
+SLICE_THICKNESS_MM = 4.0
+"""Thickness of a slice in plans of two dimensions [mm]; there is no gap between slices."""
+
+DEFAULT_SPACING_MM = 2.0
+"""Spacing on every axis that the plan leaves open, apart from the slices of a plan of two dimensions [mm]."""
+
+FORMAT = 1
+"""Grows whenever the same seed would give other files than before."""
+
+MANIFEST, UNFINISHED = "manifest.json", "unfinished"
+
+Progress = Callable[[int, int], None]
+"""Called with (patients done, patients in all) after every patient."""
+
+_STUDY_DATES = ("20240115", "20250115")
+
+
+@dataclass(frozen=True)
+class EmulatedHospital:
+    """One hospital of an emulated consortium."""
+
+    name: str
+    """``site-1``, ``site-2`` and so on."""
+
+    scanner: str
+    """Its scanner: a name in :data:`~simulation.scanners.SCANNERS`."""
+
+    folder: Path
+    """Where its DICOM files lie, one folder per patient."""
+
+
+@dataclass(frozen=True)
+class _Assignment:
+    """One patient to make: everything that a worker process needs."""
+
+    patient: EmulatedPatient
+    scanner: str
+    grid: Grid
+    label: str
+    folder: Path
+
+
+def emulate(
+    plan: Plan, *, n_sites: int, folder: Path, seed: int, workers: int = 1, progress: Progress | None = None
+) -> list[EmulatedHospital]:
+    """Write the hospitals of an emulated consortium into ``folder``, or find them there.
+
+    Parameters
+    ----------
+    plan
+        ``[simulation]`` says how many patients and slices and which scanners, ``[data]`` gives the grid, ``[task]`` the
+        name of the lesion label.
+    n_sites
+        Number of hospitals, 1 or more. The scanners are dealt to them in the plan's order, over and over.
+    folder
+        Where the hospitals go; created if missing. A folder that holds exactly these hospitals is left as it is, one that
+        was left half-finished or holds other emulated hospitals is filled afresh.
+    seed
+        Chooses the patients, 0 or above.
+    workers
+        Processes that share the work; 1 stays in this process. Changes nothing but speed.
+    progress
+        Told about every finished patient; None for silence.
+
+    Returns
+    -------
+    list[EmulatedHospital]
+        ``site-1`` to ``site-n``.
+
+    Raises
+    ------
+    FederadError
+        R230 if the plan asks for something that is not emulated, R231 if ``folder`` holds somebody else's files,
+        R232 if a worker process died.
+    """
+    grid, label = _grid(plan), _lesion_label(plan)
+    scanners = _dealt_scanners(plan, n_sites)
+    hospitals = [
+        EmulatedHospital(f"site-{number}", scanner, folder / f"site-{number}")
+        for number, scanner in enumerate(scanners, start=1)
+    ]
+    manifest = _manifest(grid, label, scanners, plan.simulation.patients, seed)
+    if _is_complete(folder, manifest):
+        return hospitals
+    with _filled_afresh(folder, manifest):
+        assignments = [
+            _Assignment(EmulatedPatient(seed, number, index), hospital.scanner, grid, label, hospital.folder)
+            for number, hospital in enumerate(hospitals, start=1)
+            for index in range(1, plan.simulation.patients + 1)
+        ]
+        for done, _ in enumerate(_each(assignments, workers), start=1):
+            if progress is not None:
+                progress(done, len(assignments))
+    return hospitals
+
+
+# ---------------------------------------------------------------------------------------------- what the plan asks for
+
+
+def _grid(plan: Plan) -> Grid:
+    """The slab that the plan's [data] and [simulation] describe."""
+    spacing = plan.data.spacing_mm or (DEFAULT_SPACING_MM,) * plan.data.dimensions
+    z, y, x = spacing if len(spacing) == 3 else (SLICE_THICKNESS_MM, *spacing)
+    if plan.data.modality != "MR":
+        raise FederadError(
+            "R230",
+            happened=f'data.modality = "{plan.data.modality}", and only "MR" is emulated.',
+            because="Emulated hospitals are made from an atlas of the head.",
+            remedies=('set modality = "MR" under [data]', "or use real data of that modality in a deployment"),
+        )
+    if plan.simulation.slices * z > HEAD_HEIGHT_MM:
+        raise FederadError(
+            "R230",
+            happened=f"simulation.slices = {plan.simulation.slices}, and slices of {z:g} mm would stack up to "
+            f"{plan.simulation.slices * z:g} mm.",
+            because=f"The emulated head is {HEAD_HEIGHT_MM:g} mm tall.",
+            remedies=(f"set slices = {int(HEAD_HEIGHT_MM // z)} or fewer under [simulation]",),
+        )
+    return Grid.slab(plan.simulation.slices, (z, y, x))
+
+
+def _lesion_label(plan: Plan) -> str:
+    if len(plan.task.labels) > 2:
+        raise FederadError(
+            "R230",
+            happened=f"task.labels names {len(plan.task.labels) - 1} structures, and emulated patients have one kind of "
+            "lesion.",
+            because="A label that no emulated hospital ever draws cannot be learned.",
+            remedies=('set labels = ["background", "lesion"] under [task]',),
+        )
+    return plan.task.labels[1]
+
+
+def _dealt_scanners(plan: Plan, n_sites: int) -> list[str]:
+    """The scanner of each site."""
+    names = plan.simulation.scanners or tuple(SCANNERS)
+    unknown = sorted(set(names) - set(SCANNERS))
+    if unknown:
+        raise FederadError(
+            "R230",
+            happened=f"simulation.scanners names {', '.join(unknown)}, which is not an emulated scanner.",
+            because="Contrast, noise and DICOM header of a hospital come from its scanner.",
+            remedies=(f"choose from: {', '.join(SCANNERS)}", "or leave scanners out to take all in turn"),
+        )
+    return [names[i % len(names)] for i in range(n_sites)]
+
+
+# --------------------------------------------------------------------------------------------------- one folder, once
+
+
+def _manifest(grid: Grid, label: str, scanners: Sequence[str], n_patients: int, seed: int) -> dict[str, Any]:
+    """What the files depend on, and its hash."""
+    inputs = {
+        "format": FORMAT,
+        "seed": seed,
+        "patients": n_patients,
+        "label": label,
+        "scanners": list(scanners),
+        "scanners_sha256": scanners_sha256(),
+        "grid": asdict(grid),
+    }
+    return {"sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), "inputs": inputs}
+
+
+def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether these very hospitals lie in ``folder``, with as many files as were written."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return bool(found["sha256"] == manifest["sha256"] and found["files"] == _count_files(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _count_files(folder: Path) -> int:
+    return sum(1 for site in folder.glob("site-*") for _ in site.rglob("*.dcm"))
+
+
+@contextmanager
+def _filled_afresh(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
+    """Clear what an earlier emulation left in ``folder``; when the body ends well, sign the result with its manifest."""
+    old_sites = sorted(folder.glob("site-*"))
+    if old_sites and not any((folder / mark).exists() for mark in (MANIFEST, UNFINISHED)):
+        raise FederadError(
+            "R231",
+            happened=f"{folder} already holds {old_sites[0].name}, and no emulation made it.",
+            because="Filling it would delete files that may be somebody's only copy.",
+            remedies=("choose another folder", "or move these files away"),
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for site in old_sites:
+        shutil.rmtree(site)
+    yield
+    text = json.dumps({**manifest, "files": _count_files(folder)}, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / UNFINISHED).unlink()
+
+
+def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[None]:
+    """Write all patients, one result per patient in order."""
+    if workers == 1:
+        yield from map(_write_patient, assignments)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+    try:
+        yield from pool.map(_write_patient, assignments)
+    except BrokenProcessPool:
+        raise FederadError(
+            "R232",
+            happened="A process that makes emulated patients ended before its work was done.",
+            because="Most often the machine ran out of memory; the hospitals are incomplete.",
+            remedies=("run it again with fewer workers",),
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# -------------------------------------------------------------------------------------------------- one patient's files
+
+
+def _write_patient(assignment: _Assignment) -> None:
+    for study in range(1, assignment.patient.n_studies + 1):
+        _write_study(assignment, study)
+
+
+def _write_study(assignment: _Assignment, study: int) -> None:
+    """One series and its segmentation into ``<patient>/study-<n>``."""
+    patient, grid = assignment.patient, assignment.grid
+    anatomy = patient.anatomy(grid, study)
+    random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner)
+    image = acquire(SCANNERS[assignment.scanner], anatomy.tissues, grid.spacing_mm, random)
+    series = _series(assignment, study, image)
+    folder = assignment.folder / patient.patient_id / f"study-{study}"
+    folder.mkdir(parents=True)
+    for slice_ in series:
+        dcmwrite(folder / f"im-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
+    segmentation = _segmentation(assignment, study, series, anatomy.lesion_mask)
+    dcmwrite(folder / "seg.dcm", segmentation, enforce_file_format=True)
+
+
+def _uid(assignment: _Assignment, *what: object) -> UID:
+    """A UID that the same emulation gives again and no other one does."""
+    parts = ("federad", FORMAT, assignment.patient, SCANNERS[assignment.scanner], assignment.grid, *what)
+    return generate_uid(entropy_srcs=["\x1f".join(str(part) for part in parts)])
+
+
+def _series(assignment: _Assignment, study: int, image: NDArray[np.float32]) -> list[Dataset]:
+    """The image as classic MR slices, from the feet to the head; ``image`` is ``(z, y, x)`` [1 = full scale]."""
+    scanner = SCANNERS[assignment.scanner]
+    pixels = np.clip(np.rint(image * scanner.gain), 0, 4095).astype("<u2")
+    return [
+        _slice(assignment, study, number, plane, window=float(np.percentile(pixels, 99.5)))
+        for number, plane in enumerate(pixels, start=1)
+    ]
+
+
+def _slice(
+    assignment: _Assignment, study: int, number: int, pixels: NDArray[np.uint16], window: float
+) -> Dataset:
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SpecificCharacterSet = "ISO_IR 192"
+    ds.ImageType = ["ORIGINAL", "PRIMARY", "M"]
+    ds.SOPClassUID = MRImageStorage
+    ds.SOPInstanceUID = _uid(assignment, study, number)
+    ds.InstanceNumber = number
+    _describe_patient(ds, assignment.patient, study)
+    _describe_study(ds, assignment, study)
+    _describe_scanner(ds, SCANNERS[assignment.scanner])
+    _place(ds, assignment.grid, number - 1)
+    ds.SamplesPerPixel = 1
+    ds.PhotometricInterpretation = "MONOCHROME2"
+    ds.Rows, ds.Columns = pixels.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 12, 11
+    ds.PixelRepresentation = 0
+    ds.WindowCenter, ds.WindowWidth = round(window / 2), max(1, round(window))
+    ds.PixelData = pixels.tobytes()
+    return ds
+
+
+def _describe_patient(ds: Dataset, patient: EmulatedPatient, study: int) -> None:
+    ds.PatientName = f"Emulated^{patient.patient_id}"
+    ds.PatientID = patient.patient_id
+    ds.PatientBirthDate = ""
+    ds.PatientSex = patient.sex
+    ds.PatientAge = f"{patient.age_years + study - 1:03d}Y"
+    ds.PatientComments = "Emulated: this person does not exist"
+
+
+def _describe_study(ds: Dataset, assignment: _Assignment, study: int) -> None:
+    ds.StudyInstanceUID = _uid(assignment, study, "study")
+    ds.SeriesInstanceUID = _uid(assignment, study, "series")
+    ds.FrameOfReferenceUID = _uid(assignment, study, "frame of reference")
+    ds.StudyID, ds.SeriesNumber = str(study), 1
+    ds.StudyDate = ds.SeriesDate = ds.AcquisitionDate = ds.ContentDate = _STUDY_DATES[study - 1]
+    ds.StudyTime = ds.SeriesTime = ds.AcquisitionTime = ds.ContentTime = "120000"
+    ds.AccessionNumber = ds.ReferringPhysicianName = ds.PositionReferenceIndicator = ""
+    ds.StudyDescription = "Emulated brain MR"
+    ds.InstitutionName = f"Emulated hospital {assignment.patient.site}"
+    ds.BodyPartExamined = "BRAIN"
+    ds.PatientPosition = "HFS"
+
+
+def _describe_scanner(ds: Dataset, scanner: Scanner) -> None:
+    ds.Modality = "MR"
+    ds.Manufacturer = scanner.manufacturer
+    ds.ManufacturerModelName = scanner.model
+    ds.MagneticFieldStrength = scanner.field_strength_t
+    ds.SequenceName = scanner.sequence_name
+    ds.SeriesDescription = ds.ProtocolName = scanner.series_description
+    ds.ScanningSequence = list(scanner.scanning_sequence)
+    ds.SequenceVariant = "SK"
+    ds.ScanOptions = ""
+    ds.MRAcquisitionType = "2D"
+    ds.EchoTrainLength = 1
+    ds.EchoTime = _milliseconds(scanner.echo_time_s)
+    ds.RepetitionTime = _milliseconds(scanner.repetition_time_s)
+    if scanner.inversion_time_s is not None:
+        ds.InversionTime = _milliseconds(scanner.inversion_time_s)
+
+
+def _place(ds: Dataset, grid: Grid, index: int) -> None:
+    """Geometry of slice ``index`` (from 0, feet to head); DICOM gives positions as (x, y, z), spacings as (row, column)."""
+    z, y, x = grid.origin_mm
+    dz, dy, dx = grid.spacing_mm
+    height = z + index * dz
+    ds.ImagePositionPatient = [x, y, height]
+    ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    ds.SliceLocation = height
+    ds.PixelSpacing = [dy, dx]
+    ds.SliceThickness = ds.SpacingBetweenSlices = dz
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def _segmentation(
+    assignment: _Assignment, study: int, series: Sequence[Dataset], mask: NDArray[np.uint8]
+) -> Dataset:
+    """The lesions as a binary DICOM Segmentation on the slices of ``series``; ``mask`` is ``(z, y, x)``."""
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+
+    segment = hd.seg.SegmentDescription(
+        segment_number=1,
+        segment_label=assignment.label,
+        segmented_property_category=codes.SCT.MorphologicallyAbnormalStructure,
+        segmented_property_type=codes.SCT.Lesion,
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.MANUAL,
+        tracking_uid=_uid(assignment, "lesions"),
+        tracking_id="lesions",
+    )
+    segmentation = hd.seg.Segmentation(
+        source_images=series,
+        pixel_array=mask,
+        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[segment],
+        series_instance_uid=_uid(assignment, study, "segmentation series"),
+        series_number=2,
+        sop_instance_uid=_uid(assignment, study, "segmentation"),
+        instance_number=1,
+        manufacturer="federad",
+        manufacturer_model_name="emulation",
+        software_versions=str(FORMAT),
+        device_serial_number="0",
+        content_label="LESIONS",
+        omit_empty_frames=False,
+    )
+    return _made_timeless(segmentation, series[0], _uid(assignment, study, "dimensions"))
+
+
+def _made_timeless(segmentation: Dataset, source: Dataset, dimension_uid: UID) -> Dataset:
+    """Replace every moment of writing by the study's own, and the random UID of the dimensions by ours."""
+    date, time = source.StudyDate, source.StudyTime
+    moments = {"DA": date, "TM": time, "DT": date + time}
+    for element in segmentation.iterall():
+        if element.keyword == "DimensionOrganizationUID":
+            element.value = dimension_uid
+        elif element.VR in moments and not element.is_empty:
+            element.value = moments[element.VR]
+    return segmentation

@@ -1,0 +1,4 @@
+"""What every worker needs, imported once by the fork server."""
+
+import client.station
+import shared_models.tasks.segmentation  # noqa: F401

@@ -1,0 +1,347 @@
+"""One simulated run from a plan to a report: sites, stations, rounds, comparison, pictures, result.
+
+Everything lies in one folder::
+
+    hospitals/       emulated hospitals' DICOM folders (unless real data is given)
+    stations/        one station for each site
+    journal/         committed rounds and their weights
+    pictures.npz     a few test patients for the report (never part of what sites send)
+    model.safetensors  the released weights
+    result.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from server.journal import Journal
+from server.rounds import Outcome, Progress
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+from shared_models.task import task_for
+from shared_models.weights import encode, weights_sha256
+from simulation.baselines import Row, baselines, encoded, show_patients
+from simulation.consortium import emulate
+from simulation.engine import Execution, run_rounds
+from simulation.processes import process_pool
+from simulation.stations import SiteFolder, cohort_of, prepare_stations
+
+
+class Watcher:
+    """Told what a run is doing; this one keeps silent."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """A new stage begins, of ``total`` steps if that is known."""
+
+    def step(self, done: int | None = None, total: int | None = None, detail: str = "") -> None:
+        """One more step of the stage is done, or ``done`` of ``total`` in all."""
+
+    def progress(self, event: Progress) -> None:
+        """Something happened in the round loop."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a researcher asked for."""
+
+    plan: Plan
+    folder: Path
+    n_sites: int | None = None
+    """Number of sites; None takes four emulated ones, or all that lie in ``data``."""
+
+    data: Path | None = None
+    """A folder with one folder of images for each site; None emulates hospitals."""
+
+    seed: int = 0
+    execution: Execution = Execution()
+    compare: bool = True
+    """Whether to train the central and the local models too."""
+
+    command: str = ""
+
+
+DEFAULT_SITES = 4
+
+
+def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
+    """Run a request and write its folder; the result as it stands in ``result.json``.
+
+    A run that pauses or is stopped writes what it has before the error goes on.
+
+    Raises
+    ------
+    FederadError
+        Any of C140 to C146, S180 to S182, R230 to R234.
+    KeyboardInterrupt
+        If the user stops it.
+    """
+    began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    folder = use_folder(request.folder)
+    sites = find_sites(request, watcher)
+    prepare(request, sites, watcher)
+    result = describe(request, sites) | {"started": started}
+    journal_folder = folder / "journal"
+    shutil.rmtree(journal_folder, ignore_errors=True)
+    journal = Journal(journal_folder)
+    try:
+        watcher.stage("rounds", request.plan.rounds * len(sites))
+        outcome = run_rounds(
+            request.plan,
+            [site.station for site in sites],
+            journal,
+            seed=request.seed,
+            execution=request.execution,
+            on_progress=watcher.progress,
+        )
+        result |= report_outcome(request, folder, outcome)
+        if request.compare:
+            result["comparison"] = compare(request, sites, outcome, watcher)
+        take_pictures(request, sites, outcome, watcher)
+        result["status"] = "finished"
+    except (FederadError, KeyboardInterrupt) as error:
+        result |= what_is_done(journal, error) | {k: v for k, v in result.items() if k in ("rounds", "test")}
+        raise
+    finally:
+        result["seconds"] = round(time.monotonic() - began, 1)
+        write_result(folder, result)
+    return result
+
+
+def use_folder(folder: Path) -> Path:
+    """Make the result folder; R231 if that cannot be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise FederadError(
+            "R231",
+            happened=f"The result folder {folder} cannot be written ({error.strerror}).",
+            because="Everything a run makes goes there.",
+            remedies=("give another folder with --out", "or free the path and try again"),
+        ) from None
+    return folder.resolve()
+
+
+def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
+    """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
+    if request.n_sites is not None and request.n_sites < 1:
+        raise impossible(f"--sites {request.n_sites} asks for no site.", "A federation has at least one.", "--sites 4")
+    stations = request.folder.resolve() / "stations"
+    if request.data is not None:
+        data = request.data.resolve()
+        folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+        if len(folders) < (request.n_sites or 1):
+            raise impossible(
+                f"{request.data} holds {len(folders)} folders, --sites asks for {request.n_sites or 'at least 1'}.",
+                "Each folder in it is one site.",
+                "--data FOLDER with one folder of images for each site",
+            )
+        return [SiteFolder(path.name, path, stations / path.name) for path in folders[: request.n_sites]]
+    hospitals = emulate_for(request, watcher)
+    return [SiteFolder(h.name, h.folder, stations / h.name) for h in hospitals]
+
+
+def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
+    """The emulated hospitals of a request, written to ``hospitals``."""
+    n_sites = request.n_sites or DEFAULT_SITES
+    watcher.stage("emulating hospitals", n_sites * request.plan.simulation.patients)
+    return emulate(
+        request.plan,
+        n_sites=n_sites,
+        folder=request.folder.resolve() / "hospitals",
+        seed=request.seed,
+        workers=request.execution.workers,
+        progress=lambda done, total: watcher.step(done, total),
+    )
+
+
+def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None:
+    """Stations ready, with nothing answered before."""
+    needed = request.plan.strategy.minimum_sites
+    if needed > len(sites):
+        raise impossible(
+            f"The plan needs {needed} sites in each round and there are {len(sites)}.",
+            "The first round could never end.",
+            f"--sites {needed}, or a lower minimum_sites under [strategy]",
+        )
+    watcher.stage("reading images", len(sites))
+    for site in sites:
+        shutil.rmtree(site.station / "answers", ignore_errors=True)
+    prepare_stations(
+        request.plan,
+        sites,
+        seed=request.seed,
+        workers=request.execution.workers,
+        on_site=lambda name: watcher.step(detail=name),
+    )
+
+
+def impossible(happened: str, because: str, remedy: str) -> FederadError:
+    """R230: a request that makes no sense."""
+    return FederadError("R230", happened=happened, because=because, remedies=(remedy,))
+
+
+def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
+    """The part of a result that is known before the first round."""
+    plan, task = request.plan, task_for(request.plan)
+    return {
+        "plan": plan.name,
+        "plan_sha256": plan.sha256,
+        "task": plan.task.kind,
+        "headline": task.headline,
+        "metrics": task.metrics,
+        "engine": request.execution.engine,
+        "workers": request.execution.workers,
+        "seed": request.seed,
+        "command": request.command,
+        "sites": [describe_site(plan, site) for site in sites],
+        "rounds": [],
+        "test": None,
+        "comparison": None,
+        "privacy": None,
+        "versions": {name: version(name) for name in ("federad", "flwr", "torch", "monai")}
+        | {"python": platform.python_version()},
+    }
+
+
+def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
+    """Name, scanners, patients and skipped files of a site."""
+    cohort = cohort_of(site, plan)
+    reasons = [skipped.reason for skipped in cohort.skipped]
+    return {
+        "name": site.name,
+        "scanner": ", ".join(cohort.scanners) or "unknown",
+        "patients": {split: len(cohort.patients(split)) for split in ("train", "validation", "test")},
+        "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+    }
+
+
+def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str, Any]:
+    """The part of a result that the rounds gave; the released weights go to ``model.safetensors``."""
+    header = {"plan": json.loads(request.plan.canonical_json()), "round": outcome.best_round}
+    (folder / "model.safetensors").write_bytes(encode(outcome.best, json.dumps(header, sort_keys=True)))
+    per_site: dict[str, dict[str, Any]] = {
+        site: {**metrics, "patients": outcome.test.patients[site]} for site, metrics in outcome.test.per_site.items()
+    }
+    return {
+        "rounds": [asdict(record) for record in outcome.records],
+        "best_round": outcome.best_round,
+        "released": "best" if any(record.validation for record in outcome.records) else "last",
+        "test": {**outcome.test.mean, "per_site": per_site} if outcome.test.mean else None,
+        "weights_sha256": weights_sha256(outcome.last),
+        "released_sha256": weights_sha256(outcome.best),
+    }
+
+
+def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:
+    """The part of a result that a paused or stopped run can give."""
+    records = journal.records()
+    stopped = isinstance(error, KeyboardInterrupt)
+    return {
+        "status": "stopped" if stopped else "paused",
+        "message": "Stopped by the user." if stopped else str(error),
+        "rounds": records,
+        "weights_sha256": records[-1]["weights_sha256"] if records else None,
+    }
+
+
+def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> dict[str, Any]:
+    """Federated beside central and local models, on every site's test patients."""
+    began = time.monotonic()
+    metric = task_for(request.plan).headline
+    watcher.stage("central and local models", len(sites) + 1)
+    rows = [
+        Row("federated", outcome.test.per_site),
+        *baselines(
+            request.plan,
+            sites,
+            seed=request.seed,
+            workers=request.execution.workers,
+            on_done=lambda name: watcher.step(detail=name),
+        ),
+    ]
+    own, elsewhere = local_means(rows, metric)
+    return {
+        "metric": metric,
+        "rows": [
+            {
+                "method": row.method,
+                "per_site": {site: metrics[metric] for site, metrics in row.per_site.items()},
+                "metrics": row.per_site,
+                "mean": row.mean(metric),
+            }
+            for row in rows
+        ],
+        "local_own": own,
+        "local_elsewhere": elsewhere,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | None]:
+    """Mean of each local model on its own patients, and on all others'; None where there is nothing to average."""
+    own, elsewhere = [], []
+    for row in rows:
+        kind, _, home = row.method.partition(":")
+        if kind == "local":
+            own += [m[metric] for site, m in row.per_site.items() if site == home]
+            elsewhere += [m[metric] for site, m in row.per_site.items() if site != home]
+    return (float(np.mean(own)) if own else None), (float(np.mean(elsewhere)) if elsewhere else None)
+
+
+def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> None:
+    """Best, median and worst test patient of each site, with truth and prediction, to ``pictures.npz``."""
+    plan, weights = request.plan, encoded(outcome.best)
+    watcher.stage("pictures", len(sites))
+    arrays: dict[str, Any] = {}
+    meta: list[str] = []
+    if request.execution.workers == 1:
+        shown = [show_patients(plan, site, weights) for site in sites]
+    else:
+        with process_pool(min(request.execution.workers, len(sites))) as pool:
+            shown = list(pool.map(show_patients, [plan] * len(sites), sites, [weights] * len(sites)))
+    metric = task_for(plan).headline
+    for site, patients in zip(sites, shown, strict=True):
+        scanner = ", ".join(cohort_of(site, plan).scanners)
+        for (patient, picture), which in zip(patients, ("best", "median", "worst"), strict=False):
+            k = len(meta)
+            arrays |= {
+                f"{k}/image": picture.image.astype(np.float32),
+                f"{k}/truth": picture.truth.astype(np.uint8),
+                f"{k}/prediction": picture.prediction.astype(np.uint8),
+            }
+            meta.append(
+                json.dumps(
+                    {
+                        "site": site.name,
+                        "scanner": scanner,
+                        "which": which,
+                        metric: patient.metrics[metric],
+                        "pixel_mm": list(picture.pixel_mm),
+                    }
+                )
+            )
+        watcher.step(detail=site.name)
+    np.savez_compressed(request.folder / "pictures.npz", meta=np.array(meta), **arrays)
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """``result.json`` and ``report.html``."""
+    from simulation.report import write_report
+
+    (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_report(folder)
+
+

@@ -1,0 +1,220 @@
+"""How a scanner shows a patient: contrast, shading, blur and noise, and what it writes into the DICOM header.
+
+Scanner = manufacturer, model and field strength; each of these also stands for one sequence, so that hospitals differ the
+way they do in practice. The values imitate common protocols and are nobody's measurements. They were tuned on seeds from
+100 up and are frozen: :func:`scanners_sha256` names the set that made a result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, astuple, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intensities:
+    """Signal of each tissue before gamma, shading and noise, in the order of a patient's tissue axis [1 = full scale]."""
+
+    scalp: float
+    bone: float
+    csf: float
+    grey_matter: float
+    white_matter: float
+    lesion: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scanner:
+    """One device with one sequence."""
+
+    manufacturer: str
+    """DICOM Manufacturer, as that company's devices spell it."""
+
+    model: str
+    """DICOM Manufacturer's Model Name; invented."""
+
+    field_strength_t: float
+    """Magnetic field strength [T]."""
+
+    sequence_name: str
+    """DICOM Sequence Name, at most 16 characters."""
+
+    series_description: str
+    """DICOM Series Description."""
+
+    scanning_sequence: tuple[str, ...]
+    """DICOM Scanning Sequence: "SE" spin echo, "GR" gradient echo, "IR" inversion recovery."""
+
+    echo_time_s: float
+    """Echo time [s]."""
+
+    repetition_time_s: float
+    """Repetition time [s]."""
+
+    inversion_time_s: float | None
+    """Inversion time [s]; None without an inversion pulse."""
+
+    intensities: Intensities
+    """Tissue contrast of the sequence."""
+
+    gamma: float
+    """Exponent of the receiver's response to the signal [ratio]; 1 is linear."""
+
+    bias_amplitude: float
+    """Largest shading by the coil, as a natural logarithm [ratio]: 0.2 is within a factor of 1.22 up and down."""
+
+    point_spread_mm: float
+    """Standard deviation of the Gaussian blur within a slice [mm]."""
+
+    noise: float
+    """Standard deviation of the noise in each of the two channels (real, imaginary) [1 = full scale]."""
+
+    gain: float
+    """Stored pixel value of full scale [pixel value]; files hold 12 bits."""
+
+
+SCANNERS: dict[str, Scanner] = {
+    "siemens-t1-3t": Scanner(
+        manufacturer="SIEMENS",
+        model="MAGNETOM Aldera",
+        field_strength_t=3.0,
+        sequence_name="*tfl3d1_16",
+        series_description="t1_mprage_tra",
+        scanning_sequence=("GR", "IR"),
+        echo_time_s=0.00298,
+        repetition_time_s=2.3,
+        inversion_time_s=0.9,
+        intensities=Intensities(scalp=0.95, bone=0.10, csf=0.12, grey_matter=0.52, white_matter=0.82, lesion=0.32),
+        gamma=1.0,
+        bias_amplitude=0.20,
+        point_spread_mm=0.8,
+        noise=0.025,
+        gain=900.0,
+    ),
+    "ge-t2-1.5t": Scanner(
+        manufacturer="GE MEDICAL SYSTEMS",
+        model="SIGNA Vesper",
+        field_strength_t=1.5,
+        sequence_name="FSE-XL",
+        series_description="Ax T2 FSE",
+        scanning_sequence=("SE",),
+        echo_time_s=0.102,
+        repetition_time_s=4.5,
+        inversion_time_s=None,
+        intensities=Intensities(scalp=0.60, bone=0.06, csf=1.0, grey_matter=0.46, white_matter=0.32, lesion=0.80),
+        gamma=0.9,
+        bias_amplitude=0.12,
+        point_spread_mm=1.0,
+        noise=0.03,
+        gain=2600.0,
+    ),
+    "philips-flair-3t": Scanner(
+        manufacturer="Philips Medical Systems",
+        model="Lumina 3.0T",
+        field_strength_t=3.0,
+        sequence_name="TIR",
+        series_description="FLAIR tra",
+        scanning_sequence=("SE", "IR"),
+        echo_time_s=0.125,
+        repetition_time_s=11.0,
+        inversion_time_s=2.8,
+        intensities=Intensities(scalp=0.70, bone=0.08, csf=0.10, grey_matter=0.58, white_matter=0.46, lesion=0.86),
+        gamma=1.1,
+        bias_amplitude=0.28,
+        point_spread_mm=0.9,
+        noise=0.03,
+        gain=1500.0,
+    ),
+    "canon-pd-1.5t": Scanner(
+        manufacturer="Canon Medical Systems",
+        model="Vantage Hibari",
+        field_strength_t=1.5,
+        sequence_name="FSE2D",
+        series_description="PD AX",
+        scanning_sequence=("SE",),
+        echo_time_s=0.018,
+        repetition_time_s=2.8,
+        inversion_time_s=None,
+        intensities=Intensities(scalp=0.80, bone=0.12, csf=0.62, grey_matter=0.76, white_matter=0.60, lesion=0.95),
+        gamma=1.2,
+        bias_amplitude=0.15,
+        point_spread_mm=1.1,
+        noise=0.025,
+        gain=3200.0,
+    ),
+}
+"""The emulated scanners by the names that a plan uses."""
+
+
+def scanners_sha256() -> str:
+    """SHA-256 of every value in :data:`SCANNERS`, 64 hex digits."""
+    text = json.dumps({name: asdict(scanner) for name, scanner in SCANNERS.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def acquire(
+    scanner: Scanner,
+    tissues: NDArray[np.float32],
+    spacing_mm: tuple[float, float, float],
+    random: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Magnitude image of a patient.
+
+    Parameters
+    ----------
+    scanner
+        The device.
+    tissues
+        Share of each tissue in a voxel [0 to 1], ``(tissue, z, y, x)`` in the order of
+        :data:`~simulation.patients.TISSUES_WITH_LESION`.
+    spacing_mm
+        Distance between voxel centres along (z, y, x) [mm].
+    random
+        Where small differences between acquisitions, the coil's shading and the noise come from.
+
+    Returns
+    -------
+    NDArray
+        Signal [1 = full scale], zero or above, float32, ``(z, y, x)``.
+    """
+    in_plane = [0.0, *(scanner.point_spread_mm / step for step in spacing_mm[1:])]
+    signal = shading(tissues.shape[1:], scanner.bias_amplitude, random) * contrast(scanner, tissues, random)
+    return add_rician_noise(ndimage.gaussian_filter(signal, in_plane), scanner.noise, random)
+
+
+def contrast(
+    scanner: Scanner, tissues: NDArray[np.float32], random: np.random.Generator | None = None
+) -> NDArray[np.float32]:
+    """Noise-free, evenly lit signal ``(z, y, x)`` [1 = full scale]; each tissue varies by 3 % if ``random`` is given."""
+    intensities = np.array(astuple(scanner.intensities))
+    if random is not None:
+        intensities *= np.exp(random.normal(0, 0.03, size=len(intensities)))
+    signal = sum(np.float32(value) * tissue for value, tissue in zip(intensities, tissues, strict=True))
+    return np.power(signal, np.float32(scanner.gamma))
+
+
+def shading(shape: tuple[int, ...], amplitude: float, random: np.random.Generator) -> NDArray[np.float32]:
+    """Smooth multiplicative field ``(z, y, x)`` between exp(-amplitude) and exp(amplitude): a quadratic in each axis."""
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in shape]
+    z, y, x = np.meshgrid(*axes, indexing="ij", sparse=True)
+    terms = [z, y, x, x * y, 2 * y**2 - 1, 2 * x**2 - 1]
+    weights = random.normal(size=len(terms))
+    weights /= np.abs(weights).sum()
+    exponent = sum(np.float32(amplitude * w) * term for w, term in zip(weights, terms, strict=True))
+    return np.exp(exponent)
+
+
+def add_rician_noise(
+    signal: NDArray[np.float32], sigma: float, random: np.random.Generator
+) -> NDArray[np.float32]:
+    """Magnitude of the signal plus complex Gaussian noise (Gudbjartsson and Patz 1995, doi:10.1002/mrm.1910340618).
+
+    ``sigma`` is the standard deviation in each channel, in the unit of ``signal``; shape and dtype are kept.
+    """
+    real, imaginary = random.standard_normal((2, *signal.shape), dtype=np.float32) * np.float32(sigma)
+    return np.hypot(signal + real, imaginary)
