@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 
 
@@ -14,10 +15,17 @@ def process_pool(n_workers: int) -> ProcessPoolExecutor:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["simulation.preload"])
-    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_one_thread)
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker)
 
 
-def _one_thread() -> None:
+def start_worker() -> None:
+    """One computing thread, and Ctrl-C left to the parent, which lets the work in hand end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    one_thread()
+
+
+def one_thread() -> None:
+    """One computing thread in this process: sums come out the same in every engine, and workers share the processors."""
     import torch
 
     torch.set_num_threads(1)

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import matplotlib as mpl
@@ -168,11 +169,14 @@ class _RunResult(_Part):
     plan_name: str | None = None
     plan_sha256: str | None = None
     task: str | None = None
-    status: str = "finished"
+    status: str = "unfinished"
     message: str | None = None
     started: str | None = None
     seconds: float | None = None
     headline: str | None = None
+    metrics: dict[str, bool] = Field(default_factory=dict)
+    """Name of each metric, and whether larger is better."""
+
     sites: tuple[_Site, ...] = ()
     rounds: tuple[_Round, ...] = ()
     best_round: int | None = None
@@ -184,8 +188,16 @@ class _RunResult(_Part):
     workers: int | None = None
     seed: int | None = None
     weights_sha256: str | None = None
+    released_sha256: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     command: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _finished_unless_it_says_otherwise(cls, value: Any) -> Any:
+        """A result with test figures but no status is one of a finished run."""
+        is_plain = isinstance(value, Mapping) and "status" not in value
+        return {**value, "status": "finished"} if is_plain and value.get("test") else value
 
     @property
     def name(self) -> str:
@@ -233,10 +245,13 @@ class _Claim(_Part):
     expected: Any = None
     holds: bool | None = None
     id: str | None = None
+    values: tuple[float | None, ...] = ()
 
 
 class _ExperimentResult(_Part):
     experiment: str
+    title: str | None = None
+    plan_sha256: str | None = None
     quick: bool = False
     seeds: tuple[int, ...] = ()
     rows: tuple[_Measured, ...] = ()
@@ -314,8 +329,13 @@ def _meanings(metrics: Iterable[str]) -> str:
     return "; ".join(known) + "." if known else ""
 
 
-def _direction(metric: str) -> str:
-    return "lower is better" if LOWER_IS_BETTER.search(metric) else "higher is better"
+def _is_larger_better(metric: str, known: Mapping[str, bool]) -> bool:
+    """As the task says; by its name for a metric that the task does not know."""
+    return known.get(metric, not LOWER_IS_BETTER.search(metric))
+
+
+def _direction(metric: str, known: Mapping[str, bool] = MappingProxyType({})) -> str:
+    return "higher is better" if _is_larger_better(metric, known) else "lower is better"
 
 
 def _duration(seconds: float | None) -> str:
@@ -412,6 +432,7 @@ def _svg(figure: Figure, description: str) -> Markup:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # one page holds several drawings
     text = re.sub(r"(font: [^\"';]*?px) [^;\"]*", r"\1 var(--font)", text)
     for drawn, shown in INKS.items():
         text = text.replace(drawn, shown)
@@ -535,7 +556,7 @@ def _side_by_side(rows: Sequence[tuple[str, Sequence[float | None]]]) -> Markup 
             if known:
                 axes.plot([min(known), max(known)], [i, i], color=LINE, linewidth=3, solid_capstyle="round", zorder=2)
             for value, (_, mark, colour) in zip(values, MARKS, strict=True):
-                if _is_number(value):
+                if value is not None and math.isfinite(value):
                     size, order = (7.5, 5) if colour == ACCENT else (6.5, 4)
                     axes.plot(
                         value,
@@ -559,12 +580,13 @@ def _side_by_side(rows: Sequence[tuple[str, Sequence[float | None]]]) -> Markup 
         return _svg(figure, "shared, own and central models for each site")
 
 
-def _strips(rows: Sequence[_Measured]) -> Markup | None:
+def _strips(rows: Sequence[_Measured], *, is_one_split: bool) -> Markup | None:
     """One row for each method: every seed a faint dot, the mean a bold mark, the standard deviation a bar."""
     if not any(_is_number(row.mean) for row in rows):
         return None
-    left = 0.25 + 0.075 * max(len(_short(row.method, 26)) for row in rows)
-    height = 0.32 * len(rows) + 0.5
+    names = [_short(row.method, 28) + ("" if is_one_split else "\n" + _short(row.split, 28)) for row in rows]
+    left = 0.25 + 0.07 * max(len(line) for name in names for line in name.split("\n"))
+    height = (0.32 if is_one_split else 0.45) * len(rows) + 0.5
     with _drawing("strips-" + "-".join((rows[0].metric, rows[0].split))):
         figure = Figure(figsize=(WIDTH, height))
         axes = figure.add_axes((left / WIDTH, 0.32 / height, 1 - (left + 0.12) / WIDTH, 1 - 0.4 / height))
@@ -579,13 +601,13 @@ def _strips(rows: Sequence[_Measured]) -> Markup | None:
                     row.mean, i, "o", markersize=7, color=ACCENT, markeredgecolor=SURFACE, markeredgewidth=1, zorder=4
                 )
             axes.plot(values, [i] * len(values), "|", markersize=9, color=ACCENT, markeredgewidth=1.1, zorder=3)
-        axes.set_yticks(range(len(rows)), [_short(row.method, 26) for row in rows])
+        axes.set_yticks(range(len(rows)), names)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
         axes.margins(x=0.08)
         axes.grid(visible=False, axis="y")
-        return _svg(figure, f"{_metric_name(rows[0].metric)} of each method, {rows[0].split}")
+        return _svg(figure, f"{_metric_name(rows[0].metric)} of each method")
 
 
 @dataclass(frozen=True)
@@ -605,20 +627,20 @@ class _Picture:
     prediction: str
 
 
-def _picture(arrays: Mapping[str, NDArray[Any]], key: str, about: Mapping[str, Any]) -> _Picture:
+def _picture(arrays: Mapping[str, NDArray[Any]], key: str, about: Mapping[str, Any], metric: str) -> _Picture:
     image, truth, prediction = (arrays[f"{key}/{part}"] for part in ("image", "truth", "prediction"))
     step = -(-max(image.shape[:2]) // LONGEST_SIDE)
-    image, truth, prediction = _reduced(image, step), truth[step // 2 :: step, step // 2 :: step], prediction
-    prediction = prediction[step // 2 :: step, step // 2 :: step]
+    image = _reduced(image, step)
+    truth, prediction = (mask[step // 2 :: step, step // 2 :: step] for mask in (truth, prediction))
     y_mm, x_mm = about.get("pixel_mm") or (1.0, 1.0)
     stretch = float(y_mm) / float(x_mm)
-    dice = about.get("dice")
+    value = about.get(metric)
     width, height = image.shape[1], round(image.shape[0] * stretch, 2)
     return _Picture(
         site=str(about.get("site", "")),
         scanner=str(about.get("scanner", "")),
         which=str(about.get("which", "")),
-        value=_number(dice if isinstance(dice, int | float) else None),
+        value=_number(value if isinstance(value, int | float) else None),
         png=_png(image),
         width=width,
         height=height,
@@ -648,7 +670,7 @@ def _window(outlined: NDArray[np.bool_], width: int, height: float) -> tuple[flo
     """The part of a picture around what is outlined, of the picture's own shape; all of it where nothing is."""
     if not outlined.any():
         return 0.0, 0.0, float(width), height
-    (top, bottom), (left, right) = _extent(outlined.any(axis=1)), _extent(outlined.any(axis=0))
+    (top, bottom), (left, right) = (_extent(np.asarray(outlined.any(axis=axis))) for axis in (1, 0))
     share = min(1.0, max(SMALLEST_WINDOW, MARGIN * (right - left), MARGIN * (bottom - top)))
     x, y = (min(max(middle - share / 2, 0.0), 1.0 - share) for middle in ((left + right) / 2, (top + bottom) / 2))
     return round(x * width, 2), round(y * height, 2), round(share * width, 2), round(share * height, 2)
@@ -671,15 +693,20 @@ def _outline(label: NDArray[Any], stretch: float) -> str:
     return "".join(paths)
 
 
-def _pictures(folder: Path) -> tuple[list[_Picture], str | None]:
+def _about(meta: NDArray[Any]) -> list[Mapping[str, Any]]:
+    """What is known of each picture: one JSON object in each string, or one JSON list of them."""
+    parts = [json.loads(str(text)) for text in meta.flat]
+    return [one for part in parts for one in (part if isinstance(part, list) else [part])]
+
+
+def _pictures(folder: Path, metric: str) -> tuple[list[_Picture], str | None]:
     """The pictures of a run and, where there are none, why."""
     path = folder / "pictures.npz"
     if not path.exists():
         return [], "This result has no pictures.npz, so there is nothing to look at here."
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(str(arrays["meta"][()] if arrays["meta"].ndim == 0 else arrays["meta"].flat[0]))
-            pictures = [_picture(arrays, str(k), one) for k, one in enumerate(about)]
+            pictures = [_picture(arrays, str(k), one, metric) for k, one in enumerate(_about(arrays["meta"]))]
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, zipfile.BadZipFile):
         return [], "pictures.npz cannot be read, so the pictures are left out."
     return pictures, None if pictures else "pictures.npz holds no pictures."
@@ -741,12 +768,14 @@ def _sentence(result: _RunResult) -> str:
         of = f" of {result.planned_rounds}" if result.planned_rounds else ""
         verb = "paused" if result.status == "paused" else "ended early"
         parts = [f"{hospitals} trained together; the run {verb} after {len(result.rounds)}{of} rounds"]
-    reached = result.test.metrics.get(result.metric) if result.test else None
+    comparison = result.comparison
+    is_compared = comparison is not None and comparison.metric == result.metric
+    tested = result.test.metrics.get(result.metric) if result.test else None
+    reached = _shared(result, comparison) if comparison and is_compared else tested
     if _is_number(reached):
         parts.append(f"the shared model reaches a test {_in_sentence(result.metric)} of {_number(reached, 2)}")
     elif result.rounds:
         parts.append("the shared model was not measured on test patients")
-    comparison = result.comparison
     if comparison and _is_number(comparison.local_own) and _is_number(comparison.local_elsewhere):
         parts.append(
             f"the hospitals' own models reach {_number(comparison.local_own, 2)} at home "
@@ -766,7 +795,13 @@ def _tiles(result: _RunResult) -> list[_Tile]:
     if result.test:
         for name, value in result.test.metrics.items():
             if _is_number(value):
-                tiles.append(_Tile(_number(value, _decimals([value])), f"test {_metric_name(name)}", _direction(name)))
+                tiles.append(
+                    _Tile(
+                        _number(value, _decimals([value])),
+                        f"test {_metric_name(name)}",
+                        _direction(name, result.metrics),
+                    )
+                )
     else:
         best = _best_validation(result)
         if _is_number(best):
@@ -797,7 +832,7 @@ def _tiles(result: _RunResult) -> list[_Tile]:
 def _best_validation(result: _RunResult) -> float | None:
     values = [r.validation.get(result.metric) for r in result.rounds if r.validation]
     known = [v for v in values if v is not None and math.isfinite(v)]
-    choose = min if LOWER_IS_BETTER.search(result.metric) else max
+    choose = max if _is_larger_better(result.metric, result.metrics) else min
     return choose(known) if known else None
 
 
@@ -866,6 +901,7 @@ def _comparison_columns(result: _RunResult) -> Iterator[dict[str, _Cell]]:
     central = comparison.of("central")
     pooled = {site: central.per_site.get(site) for site in sites}
     over_all = _shared(result, comparison)
+    is_larger_better = _is_larger_better(comparison.metric, result.metrics)
     for heading, values, mean in (("Own model", own, comparison.local_own), ("Central model", pooled, central.mean)):
         if any(_is_number(v) for v in values.values()):
             yield _column(heading, values, mean)
@@ -875,7 +911,7 @@ def _comparison_columns(result: _RunResult) -> Iterator[dict[str, _Cell]]:
     ):
         if any(_is_number(v) for v in values.values()):
             gains = {site: _difference(shared[site], values[site]) for site in sites}
-            yield _gain_column(heading, gains, _difference(over_all, mean), comparison.metric)
+            yield _gain_column(heading, gains, _difference(over_all, mean), is_larger_better)
 
 
 def _column(label: str, values: Mapping[str, float | None], mean: float | None) -> dict[str, _Cell]:
@@ -889,11 +925,13 @@ def _column(label: str, values: Mapping[str, float | None], mean: float | None) 
     }
 
 
-def _gain_column(label: str, gains: Mapping[str, float | None], mean: float | None, metric: str) -> dict[str, _Cell]:
+def _gain_column(
+    label: str, gains: Mapping[str, float | None], mean: float | None, is_larger_better: bool
+) -> dict[str, _Cell]:
     """Differences with bars to either side of the middle, coloured by whether they are an improvement."""
     everything = {**gains, "": mean}
     full = max([1e-9, *(abs(v) for v in everything.values() if v is not None and math.isfinite(v))])
-    better = -1 if LOWER_IS_BETTER.search(metric) else 1
+    better = 1 if is_larger_better else -1
     cells = {}
     for site, v in everything.items():
         width = _percent(abs(v), full) / 2 if v is not None else None
@@ -937,7 +975,7 @@ def _heat(result: _RunResult) -> list[tuple[str, list[_HeatCell]]]:
     def cell(row: _Method, owner: str, site: str) -> _HeatCell:
         value = row.per_site.get(site)
         share = (value - low) / max(high - low, 1e-9) if value is not None and math.isfinite(value) else 0.0
-        share = 1 - share if LOWER_IS_BETTER.search(comparison.metric) else share
+        share = share if _is_larger_better(comparison.metric, result.metrics) else 1 - share
         return _HeatCell(_number(value, decimals), round(4 + 51 * share), is_home=owner == site)
 
     return [(shown, [cell(row, owner, site) for site in result.site_names]) for shown, owner, row in rows]
@@ -975,8 +1013,9 @@ def _facts(result: _RunResult) -> list[_Fact]:
     known: list[tuple[str, object, bool]] = [
         ("Command", result.command, True),
         ("Plan", result.name, False),
-        ("Plan SHA-256", result.plan_sha256, True),
-        ("Weights SHA-256", result.weights_sha256, True),
+        ("SHA-256 of the plan", result.plan_sha256, True),
+        ("SHA-256 of the last weights", result.weights_sha256, True),
+        ("SHA-256 of the released weights", result.released_sha256, True),
         ("Released", _released(result), False),
         ("Engine", result.engine, False),
         ("Workers", result.workers, False),
@@ -1053,7 +1092,7 @@ def write_report(folder: Path) -> Path:
         R231 if ``result.json`` is missing or cannot be understood, or the page cannot be written.
     """
     result = _read(_RunResult, folder)
-    pictures, no_pictures = _pictures(folder)
+    pictures, no_pictures = _pictures(folder, result.metric)
     overall = _Line("", [(r.round, r.training_loss) for r in result.rounds], INK, is_bold=True)
     galleries: dict[str, list[_Picture]] = {}
     for picture in pictures:
@@ -1093,26 +1132,48 @@ def write_experiment_report(folder: Path) -> Path:
         R231 as for :func:`write_report`.
     """
     result = _read(_ExperimentResult, folder)
-    groups: dict[tuple[str, str], list[_Measured]] = {}
-    for row in result.rows:
-        groups.setdefault((row.metric, row.split), []).append(row)
     return _write(
         folder,
         "experiment.html",
         result=result,
-        groups=[
-            {
-                "metric": metric,
-                "split": split,
-                "rows": rows,
-                "chart": _strips(rows),
-                "decimals": _decimals(row.mean for row in rows),
-            }
-            for (metric, split), rows in groups.items()
-        ],
+        groups=_groups(result.rows),
         n_held=sum(claim.holds is True for claim in result.claims),
         shown=_claim_value,
     )
+
+
+@dataclass(frozen=True)
+class _Group:
+    heading: str
+    metric: str
+    rows: Sequence[_Measured]
+    chart: Markup | None
+    decimals: int
+    is_one_split: bool
+
+
+def _groups(rows: Sequence[_Measured]) -> list[_Group]:
+    """Measurements to be compared with one another: of one metric on one split, or of one metric where splits differ."""
+    by_split: dict[tuple[str, str], list[_Measured]] = {}
+    by_metric: dict[str, list[_Measured]] = {}
+    for row in rows:
+        by_split.setdefault((row.metric, row.split), []).append(row)
+        by_metric.setdefault(row.metric, []).append(row)
+    groups = []
+    for metric, all_rows in by_metric.items():
+        splits = {split: same for (name, split), same in by_split.items() if name == metric}
+        if all(len(same) > 1 for same in splits.values()):
+            groups += [
+                _group(f"{_metric_name(metric)}, {split}", same, is_one_split=True) for split, same in splits.items()
+            ]
+        else:
+            groups.append(_group(_metric_name(metric), all_rows, is_one_split=len(splits) == 1))
+    return groups
+
+
+def _group(heading: str, rows: Sequence[_Measured], *, is_one_split: bool) -> _Group:
+    chart = _strips(rows, is_one_split=is_one_split)
+    return _Group(heading, rows[0].metric, rows, chart, _decimals(row.mean for row in rows), is_one_split)
 
 
 def _claim_value(value: object) -> str:

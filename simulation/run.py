@@ -34,7 +34,7 @@ from shared_models.weights import encode, weights_sha256
 from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
-from simulation.processes import process_pool
+from simulation.processes import one_thread, process_pool
 from simulation.stations import SiteFolder, cohort_of, prepare_stations
 
 
@@ -87,6 +87,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
         If the user stops it.
     """
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    one_thread()
     folder = use_folder(request.folder)
     sites = find_sites(request, watcher)
     prepare(request, sites, watcher)

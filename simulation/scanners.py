@@ -89,7 +89,7 @@ SCANNERS: dict[str, Scanner] = {
         echo_time_s=0.00298,
         repetition_time_s=2.3,
         inversion_time_s=0.9,
-        intensities=Intensities(scalp=0.95, bone=0.10, csf=0.12, grey_matter=0.52, white_matter=0.82, lesion=0.32),
+        intensities=Intensities(scalp=0.80, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.66, lesion=0.92),
         gamma=1.0,
         bias_amplitude=0.20,
         point_spread_mm=0.8,

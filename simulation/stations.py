@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from client.data.cohort import Cohort
 from client.site import SiteConfig
 from client.station import Station
@@ -18,7 +16,7 @@ from shared_models.errors import FederadError
 from shared_models.messages import decode_ask
 from shared_models.plan import Plan, SimulationTable
 from shared_models.seeds import derive, generator
-from simulation.processes import process_pool
+from simulation.processes import one_thread, process_pool
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ def _prepare(plan: Plan, site: SiteFolder, seed: int) -> str:
 
 @lru_cache(maxsize=4096)
 def open_station(folder: Path) -> Station:
-    """The station in ``folder``, opened once in each process; one thread, so that every engine does the same sums."""
-    torch.set_num_threads(1)
+    """The station in ``folder``, opened once in each process."""
+    one_thread()
     return Station(folder)
 
 

@@ -393,9 +393,9 @@ def _series(members: list[_Entry]) -> Series:
 
 
 def _named(series: Iterable[Series]) -> dict[str, Series]:
-    """Series by name; a second one of the same name becomes "name #2"."""
+    """Series by name, sorted; a second one of the same name becomes "name #2"."""
     by_name: dict[str, Series] = {}
-    for one in series:
+    for one in sorted(series, key=lambda s: (s.name, s.key)):
         n = sum(other.name == one.name for other in by_name.values())
         by_name[one.name if n == 0 else f"{one.name} #{n + 1}"] = one
     return by_name

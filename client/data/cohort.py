@@ -28,7 +28,7 @@ import numpy as np
 from client.data import dicom, images
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
-from client.data.preprocessing import prepare
+from client.data.preprocessing import one_thread, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
 from client.data.skips import Reason, Skipped, UnusableError, counts
@@ -117,7 +117,7 @@ class Cohort:
         builder = _Builder(folder, plan, secret, catalogue.locate(secret))
         studies = catalogue.studies()
         published = _published(studies)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), one_thread():
             # Decoders' warnings quote header values, and a log may leave the building.
             warnings.simplefilter("ignore")
             for done, study in enumerate(studies, start=1):

@@ -65,11 +65,13 @@ def inspect(path: Path, size: int, secret: bytes) -> Facts:
         If the file is no DICOM, is cut short, lacks tags, or is of a kind that is not supported.
     """
     with unusable(Reason.DAMAGED):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_HEADER))
-        except InvalidDicomError as error:
-            raise UnusableError(Reason.NOT_AN_IMAGE) from error
-        return _facts(header, size, secret)
+        with path.open("rb") as file:
+            try:
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_HEADER))
+            except InvalidDicomError as error:
+                raise UnusableError(Reason.NOT_AN_IMAGE) from error
+            n_bytes_left = size - file.tell()
+        return _facts(header, n_bytes_left, secret)
 
 
 def read_series(paths: Sequence[Path], *, even: bool) -> Series3D:
@@ -310,16 +312,18 @@ def _vector(values: Sequence[Any]) -> NDArray[np.float64]:
 
 def _intensities(one: Dataset) -> NDArray[np.float32]:
     """Stored values through the modality LUT's slope and intercept (PS3.3, C.11.1), bright for bright."""
+    if one.PhotometricInterpretation not in ("MONOCHROME1", "MONOCHROME2"):
+        raise UnusableError(Reason.NOT_SUPPORTED)
     values = one.pixel_array.astype(np.float32)
     if values.shape != (one.Rows, one.Columns):
         raise UnusableError(Reason.NOT_SUPPORTED)
-    values = values * float(one.get("RescaleSlope", 1)) + float(one.get("RescaleIntercept", 0))
+    values = values * float(one.get("RescaleSlope") or 1) + float(one.get("RescaleIntercept") or 0)
     return -values if one.PhotometricInterpretation == "MONOCHROME1" else values
 
 
-def _facts(header: Dataset, size: int, secret: bytes) -> Facts:
+def _facts(header: Dataset, n_bytes_left: int, secret: bytes) -> Facts:
     is_segmentation = header.get("SOPClassUID") in _SEGMENTATIONS
-    _check_kind(header, size, is_segmentation=is_segmentation)
+    _check_kind(header, n_bytes_left, is_segmentation=is_segmentation)
     patient = str(header.get("PatientID") or "").strip()
     if not patient:
         raise UnusableError(Reason.NO_PATIENT)
@@ -340,16 +344,15 @@ def _facts(header: Dataset, size: int, secret: bytes) -> Facts:
     )
 
 
-def _check_kind(header: Dataset, size: int, *, is_segmentation: bool) -> None:
+def _check_kind(header: Dataset, n_bytes_left: int, *, is_segmentation: bool) -> None:
     rows, columns, frames = (int(header.get(tag) or 0) for tag in ("Rows", "Columns", "NumberOfFrames"))
     if not rows or not columns:
         raise UnusableError(Reason.NOT_AN_IMAGE)
     if max(rows, columns) > MAX_SIDE:
         raise UnusableError(Reason.TOO_LARGE)
-    syntax = header.file_meta.get("TransferSyntaxUID")
     n_samples = int(header.get("SamplesPerPixel") or 1)
     n_bits = rows * columns * max(frames, 1) * n_samples * int(header.get("BitsAllocated") or 8)
-    if syntax is not None and not syntax.is_compressed and size < n_bits // 8:
+    if _is_raw(header) and n_bytes_left < n_bits // 8:
         raise UnusableError(Reason.DAMAGED)
     if is_segmentation:
         return
@@ -357,6 +360,12 @@ def _check_kind(header: Dataset, size: int, *, is_segmentation: bool) -> None:
         raise UnusableError(Reason.NOT_SUPPORTED)
     if not all(header.get(tag) for tag in _GEOMETRY):
         raise UnusableError(Reason.TAGS_MISSING)
+
+
+def _is_raw(header: Dataset) -> bool:
+    """Whether pixels lie in the file as they are, neither compressed nor within a deflated data set."""
+    syntax = UID(header.file_meta.get("TransferSyntaxUID") or "")
+    return syntax.is_transfer_syntax and not syntax.is_compressed and not syntax.is_deflated
 
 
 def _scanner(header: Dataset) -> str | None:

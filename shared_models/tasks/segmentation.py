@@ -26,7 +26,7 @@ from shared_models.task import Picture, Sample, Task
 from shared_models.volume import Volume
 
 # MONAI 1.6 warns of its own use of an argument that it has deprecated; there is nothing a caller can do about it.
-warnings.filterwarnings("ignore", message=".*always_return_as_numpy", category=FutureWarning)
+warnings.filterwarnings("ignore", message="(?s).*always_return_as_numpy", category=FutureWarning)
 
 WINDOWS_AT_ONCE = 8
 """Windows of one volume in one forward pass: speed and memory only."""

@@ -184,3 +184,458 @@ def an_experiment() -> dict:
         "command": "federad-sim experiment federated-against-local --out runs/fal",
         "seconds": 5231.0,
     }
+
+
+HOSTILE = "<script>alert('$x_1$')</script>"
+
+
+class Page(HTMLParser):
+    """A page as its reader meets it: tags with attributes, text, and the table of sites."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str | None, list[list[str]]] = {}
+        self.words: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self._rows: list[list[str]] = []
+        self._is_style = False
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._is_style = tag == "style"
+        if tag == "table":
+            self._rows = self.tables.setdefault(dict(attributes).get("id"), [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "th") and self._rows:
+            self._rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        self._is_style = False
+        if tag == "table":
+            self._rows = []
+
+    def handle_data(self, data):
+        if not self._is_style:
+            self.words.append(data)
+        if self._rows and self._rows[-1]:
+            self._rows[-1][-1] += data.strip()
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        heading, *rows = self.tables[name]
+        return [dict(zip(heading, row, strict=True)) for row in rows]
+
+
+def keep(folder: Path, result: dict, pictures: dict[str, np.ndarray] | None = None) -> Path:
+    (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    if pictures is not None:
+        np.savez_compressed(folder / "pictures.npz", **pictures)
+    return folder
+
+
+def a_page(folder: Path, result: dict, pictures: dict[str, np.ndarray] | None = None) -> Page:
+    return Page(write_report(keep(folder, result, pictures)))
+
+
+def close_tags_match(source: str) -> bool:
+    """Every element that is opened is closed, in order."""
+    void, opened = {"meta", "br", "image", "use", "path", "rect", "circle"}, []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            if tag not in void:
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attributes):
+            pass
+
+        def handle_endtag(self, tag):
+            if tag not in void:
+                assert opened.pop() == tag
+
+    Checker().feed(source)
+    return not opened
+
+
+class TestRunReport:
+    def test_page_refers_to_nothing_outside_itself(self, tmp_path):
+        """
+        A report is opened on machines without a network, years later: all it needs is in it.
+        """
+        page = a_page(tmp_path, a_result(), some_pictures())
+
+        for tag, attributes in page.tags:
+            assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+            for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
+                assert re.match(r"data:image/png;base64,|#", attributes.get(name) or "#")
+            assert not [name for name in attributes if name.startswith("on")]
+        assert re.findall(r"url\((?!#)|@import|file:", page.source) == []
+        addresses = set(re.findall(r"https?://[^\s\"'<>]*", page.source))
+        assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names of SVG's vocabulary
+
+    def test_summary_says_the_run_in_one_sentence(self, tmp_path):
+        """
+        The first thing one reads is what happened and what it was worth.
+        """
+        assert (
+            "4 hospitals trained together for 12 rounds; the shared model reaches a test Dice of 0.83; "
+            "the hospitals' own models reach 0.74 at home and 0.53 elsewhere."
+        ) in a_page(tmp_path, a_result()).text
+
+    def test_table_of_sites_shows_the_result_to_three_digits(self, tmp_path):
+        """
+        Every figure in the table is the one in result.json, and every difference is computed from those.
+        """
+        result = a_result()
+        methods = {row["method"]: row for row in result["comparison"]["rows"]}
+
+        *rows, total = a_page(tmp_path, result).table("sites")
+
+        assert [row["Site"] for row in rows] == list(SITES)
+        for row, site in zip(rows, result["sites"], strict=True):
+            name, test = site["name"], result["test"]["per_site"][site["name"]]
+            own, central = methods[f"local:{name}"]["per_site"][name], methods["central"]["per_site"][name]
+            assert row["Scanner"] == site["scanner"]
+            assert row["Patients:train / val. / test"] == " / ".join(str(n) for n in site["patients"].values())
+            shown = {key: float(text.replace("−", "-")) for key, text in row.items() if key[:4] in SHOWN}
+            assert shown == {
+                "Test Dice": pytest.approx(test["dice"], abs=5.1e-4),
+                "Test HD95 (mm)": pytest.approx(test["hd95_mm"], abs=5.1e-3),
+                "Own model": pytest.approx(own, abs=5.1e-4),
+                "Central model": pytest.approx(central, abs=5.1e-4),
+                "Gain over own": pytest.approx(test["dice"] - own, abs=5.1e-4),
+                "Gap to central": pytest.approx(test["dice"] - central, abs=5.1e-4),
+            }
+        assert (total["Test Dice"], total["Own model"], total["Central model"]) == ("0.828", "0.744", "0.837")
+
+    def test_every_round_says_who_replied(self, tmp_path):
+        """
+        A missing and a refused reply are named with the round and the reason.
+        """
+        page = a_page(tmp_path, a_result())
+        rows = page.table("rounds")
+
+        assert len(rows) == 12
+        assert (rows[3]["Replied"], rows[3]["Missing"]) == ("3 of 4", "site-3")
+        assert rows[5]["Refused"] == "site-4: update norm 1204.5 is above 1000"
+        assert "2 replies did not arrive in time (site-2 and site-3); 1 reply was refused (site-4)." in page.text
+
+    def test_hostile_name_stays_text(self, tmp_path):
+        """
+        Names come from other hospitals; none of them becomes part of the page's code.
+        """
+        result = json.loads(json.dumps(a_result()).replace("site-2", HOSTILE))
+        result.update(plan_name=HOSTILE, message=f'"{HOSTILE}', command=HOSTILE, engine=HOSTILE, status=f'x" {HOSTILE}')
+        result["sites"][0].update(scanner=HOSTILE, skipped={HOSTILE: 1})
+        result["rounds"][2]["refused"] = [{"site": HOSTILE, "reason": HOSTILE}]
+        pictures = some_pictures()
+        pictures["meta"] = np.array(str(pictures["meta"]).replace("site-2", HOSTILE).replace("best", HOSTILE))
+
+        page = a_page(tmp_path, result, pictures)
+
+        assert "script" not in {tag for tag, _ in page.tags}
+        assert page.text.count(HOSTILE) > 10
+        assert close_tags_match(page.source)
+
+    def test_shared_model_is_set_beside_own_and_central_ones(self, tmp_path):
+        """
+        The matrix holds what each hospital's own model reaches on everybody's patients.
+        """
+        rows = next(rows for rows in a_page(tmp_path, a_result()).tables.values() if rows[0][1:] == list(SITES))
+
+        assert rows[2] == ["model of site-2", "0.47", "0.75", "0.51", "0.66"]
+        assert rows[-1] == ["shared model", "0.86", "0.82", "0.84", "0.79"]
+
+    def test_plain_words_say_what_left_and_that_nothing_is_proven(self, tmp_path):
+        """
+        Without [privacy] the page says so, and does not suggest a guarantee.
+        """
+        text = a_page(tmp_path, a_result()).text
+
+        assert "Model updates: 45 times" in text
+        assert "No formal guarantee." in text
+
+    def test_budget_is_shown_where_there_is_one(self, tmp_path):
+        """
+        With [privacy] the page gives each site's unit, epsilon and delta instead.
+        """
+        result = a_result()
+        result["privacy"] = {site: {"unit": "patient", "epsilon": 7.93, "delta": 1e-5} for site in SITES}
+
+        text = a_page(tmp_path, result).text
+
+        assert "one patient 7.93 1.0e-05" in text
+        assert "No formal guarantee" not in text
+
+    @pytest.mark.parametrize(
+        ("lacking", "said"),
+        [
+            ("test", "No test figures"),
+            ("comparison", "No comparison was made"),
+            ("rounds", "No round was completed"),
+            ("sites", "4 hospitals"),
+            ("headline", "Validation Dice"),
+            ("versions", "Where these figures come from"),
+        ],
+    )
+    def test_what_is_lacking_is_named(self, tmp_path, lacking, said):
+        """
+        A result without one of its parts still makes a page, and the page says what is not there.
+        """
+        result = a_result()
+        del result[lacking]
+
+        assert said in a_page(tmp_path, result).text
+
+    def test_result_without_a_status_is_not_called_finished(self, tmp_path):
+        """
+        A run that broke off wrote no status: the page does not claim an ending for it.
+        """
+        result = {**a_result(3), "test": None, "comparison": None}
+        del result["status"]
+
+        assert "Unfinished." in a_page(tmp_path, result).text
+
+    def test_result_with_nothing_but_a_plan_makes_a_page(self, tmp_path):
+        """
+        A run that stopped before its first round leaves a page that says just that.
+        """
+        page = a_page(tmp_path, {"plan": "demo", "status": "stopped", "message": "R233: stopped by the user"})
+
+        assert "Stopped. R233: stopped by the user" in page.text
+        assert "no round was completed" in page.text
+        assert "no pictures.npz" in page.text
+
+    def test_paused_run_shows_how_far_it_came(self, tmp_path):
+        """
+        A pause is not an ending: the page shows the rounds so far and the reason.
+        """
+        result = {
+            **a_result(5),
+            "status": "paused",
+            "message": "S180: 2 sites replied.",
+            "test": None,
+            "comparison": None,
+        }
+
+        text = a_page(tmp_path, result).text
+
+        assert "the run paused after 5 rounds; the shared model was not measured on test patients." in text
+        assert "The completed rounds are kept" in text
+        assert "S180: 2 sites replied." in text
+
+    def test_missing_and_impossible_numbers_become_a_dash(self, tmp_path):
+        """
+        null and NaN are shown as nothing, never as 0 or "nan".
+        """
+        result = a_result()
+        result["rounds"][0].update(training_loss=None, validation=None)
+        result["rounds"][1]["validation"]["dice"] = float("nan")
+        result["test"]["per_site"]["site-3"]["hd95_mm"] = float("nan")
+
+        page = a_page(tmp_path, result)
+
+        assert page.table("sites")[2]["Test HD95 (mm)"] == "–"
+        assert [row["Dice"] for row in page.table("rounds")[:3]][:2] == ["–", "–"]
+        assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+
+    def test_hundred_sites_fit_on_one_page(self, tmp_path):
+        """
+        Many sites make a long page, never a failing or a huge one.
+        """
+        names = [f"site-{i}" for i in range(100)]
+        result = a_result()
+        result["sites"] = [{"name": name, "scanner": "GE"} for name in names]
+        for one in result["rounds"]:
+            one.update(replied=names, missing=[], refused=[], per_site={name: {"dice": 0.5} for name in names})
+
+        assert len(a_page(tmp_path, result).source) < 1_000_000
+
+    def test_page_is_the_same_when_written_again(self, tmp_path):
+        """
+        The page depends on the result alone, so two reports can be compared.
+        """
+        keep(tmp_path, a_result(), some_pictures())
+
+        assert write_report(tmp_path).read_bytes() == write_report(tmp_path).read_bytes()
+
+
+SHOWN = {"Test", "Own ", "Cent", "Gain", "Gap "}
+
+
+class TestDirection:
+    def test_task_says_what_is_better(self, tmp_path):
+        """
+        A metric's direction comes from the result, and a gain in the wrong direction is marked as poor.
+        """
+        result = a_result()
+        result["metrics"] = {"dice": False}
+
+        page = a_page(tmp_path, result)
+
+        assert "Validation Dice lower is better" in page.text
+        assert page.source.count('<i class="poor"') == 4 + 1 + 1  # gains over own models, all sites, one gap
+
+
+class TestPictures:
+    def test_every_picture_has_both_outlines(self, tmp_path):
+        """
+        Reference and model are drawn over each of the pictured patients, which are named only by rank.
+        """
+        page = a_page(tmp_path, a_result(), some_pictures())
+
+        drawn = [attributes.get("class") for tag, attributes in page.tags if tag == "path"]
+        assert drawn.count("truth") == drawn.count("prediction") == 12
+        assert page.text.count("worst") == 4 + 1  # the legend says it too
+
+    def test_photograph_keeps_its_colours_and_shape(self, tmp_path):
+        """
+        A colour photograph without a spacing is reduced, not distorted.
+        """
+        rng = np.random.default_rng(0)
+        disc = (np.hypot(*np.mgrid[-600:600, -800:800]) < 200).astype(np.uint8)
+        about = [{"site": "site-1", "scanner": "camera", "which": "best", "dice": 1.0, "pixel_mm": None}]
+        pictures = {"0/image": rng.random((1200, 1600, 3), dtype=np.float32), "0/truth": disc, "0/prediction": disc}
+
+        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array(json.dumps(about))})
+
+        image = next(attributes for tag, attributes in page.tags if tag == "image")
+        assert (image["width"], image["height"]) == ("400", "300.0")
+
+    def test_thick_slices_are_drawn_at_their_true_shape(self, tmp_path):
+        """
+        A pixel three times as tall as wide is shown so.
+        """
+        blank = np.zeros((20, 60), dtype=np.uint8)
+        about = [{"site": "site-1", "scanner": "GE", "which": "best", "dice": None, "pixel_mm": [3.0, 1.0]}]
+        pictures = {"0/image": np.eye(20, 60, dtype=np.float32), "0/truth": blank, "0/prediction": blank}
+
+        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array(json.dumps(about))})
+
+        image = next(attributes for tag, attributes in page.tags if tag == "image")
+        assert (image["width"], image["height"]) == ("60", "60.0")
+
+    @pytest.mark.parametrize("shape", ["one list", "one string each"])
+    def test_captions_are_read_from_either_shape(self, tmp_path, shape):
+        """
+        What is known of the pictures stands in one JSON list, or in one JSON object each.
+        """
+        pictures = some_pictures()
+        if shape == "one string each":
+            pictures["meta"] = np.array([json.dumps(one) for one in json.loads(str(pictures["meta"]))])
+
+        page = a_page(tmp_path, a_result(), pictures)
+
+        assert sum(tag == "image" for tag, _ in page.tags) == 12
+        assert "best 0.9" in page.text
+
+    def test_spoilt_pictures_are_left_out_and_the_page_says_so(self, tmp_path):
+        """
+        Half a file of pictures costs the pictures, not the report.
+        """
+        keep(tmp_path, a_result(), some_pictures())
+        whole = (tmp_path / "pictures.npz").read_bytes()
+        (tmp_path / "pictures.npz").write_bytes(whole[: len(whole) // 2])
+
+        assert "pictures.npz cannot be read" in Page(write_report(tmp_path)).text
+
+
+@pytest.mark.parametrize("write", [write_report, write_experiment_report])
+class TestUnusableFolder:
+    def test_missing_result_is_r231(self, tmp_path, write):
+        """
+        A folder without result.json is answered with the number and the way out.
+        """
+        with pytest.raises(FederadError) as caught:
+            write(tmp_path / "nowhere")
+
+        assert caught.value.code == "R231"
+        assert "no result.json" in caught.value.happened
+
+    @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"rounds": 3, "experiment": 4}', "\ufffe"])
+    def test_unreadable_result_is_r231(self, tmp_path, write, text):
+        """
+        A half-written or foreign file is refused rather than shown in part.
+        """
+        (tmp_path / "result.json").write_bytes(text.encode("utf-16" if text == "\ufffe" else "utf-8"))
+
+        with pytest.raises(FederadError) as caught:
+            write(tmp_path)
+
+        assert caught.value.code == "R231"
+        assert not (tmp_path / "report.html").exists()
+
+
+class TestExperimentReport:
+    def test_every_claim_stands_with_its_expectation(self, tmp_path):
+        """
+        A claim that failed is as visible as one that held.
+        """
+        page = Page(write_experiment_report(keep(tmp_path, an_experiment())))
+
+        held, failed = page.table("claims")
+        assert (held["Id"], held["Measured"], held["Expected"], held["Held"]) == ("F1", "0.083", "0.030", "✓ yes")
+        assert (failed["Measured"], failed["Held"]) == ("−0.012", "✕ no")
+        assert "1 of 2 claims held, over 3 seeds" in page.text
+        assert "federad-sim experiment federated-against-local --out runs/fal" in page.text
+
+    def test_quick_experiment_says_that_it_proves_nothing(self, tmp_path):
+        """
+        Nobody takes a quick run for evidence.
+        """
+        page = Page(write_experiment_report(keep(tmp_path, {**an_experiment(), "quick": True})))
+
+        assert "too little to support a claim" in page.text
+
+    def test_measurements_on_different_splits_stand_together(self, tmp_path):
+        """
+        Where each split has one method only, the splits are named beside the methods in one table.
+        """
+        experiment = an_experiment()
+        experiment["rows"] = [
+            {"method": "local", "metric": "dice", "split": split, "mean": 0.7, "sd": 0.01, "values": [0.69, 0.71]}
+            for split in ("own patients", "other sites' patients")
+        ]
+
+        page = Page(write_experiment_report(keep(tmp_path, experiment)))
+
+        assert page.tables[None][:2] == [
+            ["Method", "Split", "Mean", "SD", "Seeds"],
+            ["local", "own patients", "0.700", "0.010", "2"],
+        ]
+
+    def test_experiment_in_progress_makes_a_page(self, tmp_path):
+        """
+        Partial results can be looked at while the rest is computed.
+        """
+        page = Page(write_experiment_report(keep(tmp_path, {"experiment": HOSTILE, "quick": False})))
+
+        assert "measured nothing yet" in page.text
+        assert "script" not in {tag for tag, _ in page.tags}
+        assert close_tags_match(page.source)
+
+
+class TestPagesOfErrors:
+    def test_every_number_has_exactly_one_page(self):
+        """
+        A message ends with docs/errors/<number>.md, and that page is there; no page is without a number.
+        """
+        assert {page.stem for page in (ROOT / "docs" / "errors").glob("*.md")} == set(TITLES)
+
+    @pytest.mark.parametrize("code", TITLES)
+    def test_page_explains_and_offers_two_ways_out(self, code):
+        """
+        Number and title on the first line, then meaning, reason, and two or more things to do with a command to type.
+        """
+        first, *rest = (ROOT / "docs" / "errors" / f"{code}.md").read_text(encoding="utf-8").splitlines()
+
+        assert first == f"# {code}: {TITLES[code]}"
+        assert [line for line in rest if line.startswith("## ")] == ["## What it means", "## Why", "## What you can do"]
+        assert sum(line.startswith("- ") for line in rest[rest.index("## What you can do") :]) >= 2
+        assert "```" in rest

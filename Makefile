@@ -1,0 +1,55 @@
+# Every target sets up what it needs on a fresh machine, in .venv. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+QUIET := --quiet --disable-pip-version-check
+
+# Nothing calls home.
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: help
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
+
+$(READY): constraints.txt pyproject.toml
+	@echo "Setting up .venv (the first time this fetches the packages in constraints.txt)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install $(QUIET) -c constraints.txt torch==2.13.0
+	$(BIN)/pip install $(QUIET) -c constraints.txt -e '.[dev]'
+	touch $@
+
+.PHONY: setup
+setup: $(READY) ## install everything into .venv
+
+.PHONY: demo
+demo: $(READY) ## four emulated hospitals train together; report in runs/demo/report.html
+	$(BIN)/federad-sim run simulation/plans/demo.toml --sites 4 --out runs/demo
+
+.PHONY: test
+test: $(READY) ## the whole test suite, without root, within 15 minutes
+	$(BIN)/python -m pytest -m "not system"
+
+.PHONY: test-system
+test-system: $(READY) ## what needs root: file systems that fill up, other users, servers
+	$(BIN)/python -m pytest -m system
+
+.PHONY: check
+check: $(READY) ## format, lint and types, as CI runs them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: bench
+bench: $(READY) ## measure overhead, memory and aggregation; writes .bench/bench.json
+	$(BIN)/python -m tests.benchmarks --out .bench
+
+.PHONY: format
+format: $(READY) ## let ruff put the code in order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,48 @@
+"""Shared fixtures: a small plan and small hospitals that are real in everything but size."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from simulation.offline import stay_offline
+
+stay_offline()
+
+import pytest  # noqa: E402
+
+from shared_models.plan import Plan  # noqa: E402
+from simulation.processes import one_thread  # noqa: E402
+from simulation.stations import SiteFolder, prepare_stations  # noqa: E402
+
+PLANS = Path(__file__).parents[1] / "simulation" / "plans"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    one_thread()
+
+
+@pytest.fixture(scope="session")
+def smoke_plan() -> Plan:
+    """Two rounds on tiny hospitals."""
+    return Plan.load(PLANS / "smoke.toml")
+
+
+@pytest.fixture(scope="session")
+def hospitals(smoke_plan, tmp_path_factory):
+    """Folders of three emulated hospitals, written once."""
+    from simulation.consortium import emulate
+
+    folder = tmp_path_factory.mktemp("hospitals")
+    return emulate(smoke_plan, n_sites=3, folder=folder, seed=0, workers=1, progress=None)
+
+
+@pytest.fixture
+def stations(smoke_plan, hospitals, tmp_path):
+    """Fresh stations of the three hospitals, which have approved the plan."""
+    sites = [SiteFolder(h.name, h.folder, tmp_path / "stations" / h.name) for h in hospitals]
+    prepare_stations(smoke_plan, sites, seed=0, workers=1, on_site=lambda _: None)
+    return [site.station for site in sites]

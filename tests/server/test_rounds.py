@@ -1,0 +1,206 @@
+"""The round loop with real stations, some of which misbehave."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from faults.sites import ListGrid, RaisingStation, TamperedStation, largest_array, opened, with_update
+
+from server.journal import Journal
+from server.rounds import Rounds
+from shared_models.errors import FederadError
+from shared_models.task import task_for
+from shared_models.weights import initial_weights, weights_sha256
+
+
+@pytest.fixture
+def start(smoke_plan):
+    return initial_weights(task_for(smoke_plan).build_network, 0)
+
+
+def run(plan, grid, tmp_path, start, name="run", events=None):
+    journal = Journal(tmp_path / name)
+    rounds = Rounds(
+        plan,
+        grid,
+        journal,
+        run=name,
+        seed=0,
+        weights=start,
+        on_progress=events.append if events is not None else lambda _: None,
+    )
+    return rounds.run(), journal
+
+
+class TestRun:
+    def test_every_round_is_committed_with_its_validation(self, smoke_plan, stations, tmp_path, start):
+        """
+        After a run the journal holds each round, who replied, and what the sites measured of its weights.
+        """
+        outcome, journal = run(smoke_plan, ListGrid(opened(stations)), tmp_path, start)
+
+        records = journal.records()
+        assert [r["round"] for r in records] == [1, 2]
+        assert all(r["replied"] == ["site-1", "site-2", "site-3"] for r in records)
+        assert all(0 <= r["validation"]["dice"] <= 1 for r in records)
+        assert records[-1]["weights_sha256"] == weights_sha256(outcome.last)
+
+    def test_order_of_arrival_changes_no_bit(self, smoke_plan, stations, tmp_path, start):
+        """
+        Sites that answer in another order give the same weights, bit for bit.
+        """
+        forward, _ = run(smoke_plan, ListGrid(opened(stations), [0, 1, 2]), tmp_path, start, "forward")
+        backward, _ = run(smoke_plan, ListGrid(opened(stations), [2, 0, 1]), tmp_path, start, "backward")
+
+        assert weights_sha256(forward.last) == weights_sha256(backward.last)
+
+    def test_released_weights_are_those_with_the_best_validation(self, smoke_plan, stations, tmp_path, start):
+        """
+        The best round is the one whose validation the records show as largest, and its weights are the ones tested.
+        """
+        outcome, journal = run(smoke_plan, ListGrid(opened(stations)), tmp_path, start)
+
+        dice = {r["round"]: r["validation"]["dice"] for r in journal.records()}
+        assert dice[outcome.best_round] == max(dice.values())
+        assert weights_sha256(outcome.best) == weights_sha256(journal.weights(outcome.best_round))
+
+
+BAD = {
+    "not a number": (largest_array(lambda a: a * np.nan), "not finite"),
+    "infinite": (largest_array(lambda a: a + np.inf), "not finite"),
+    "another shape": (largest_array(lambda a: a.reshape(-1)), "shape"),
+    "one value for many": (largest_array(lambda a: a.reshape(-1)[:1]), "shape"),
+    "a name too many": (with_update(lambda u: u | {"extra": np.zeros(3, np.float32)}), "extra"),
+    "a name too few": (with_update(lambda u: dict(list(u.items())[1:])), "missing"),
+    "a huge norm": (largest_array(lambda a: a + 1e4), "norm"),
+    "no patients": (lambda answer: replace(answer, counts=answer.counts | {"trained": 0}), "no patients"),
+    "another round": (
+        lambda answer: replace(answer, question=replace(answer.question, round=7)),
+        "answers another question",
+    ),
+    "another plan": (
+        lambda answer: replace(answer, question=replace(answer.question, plan_sha256="0" * 64)),
+        "answers another question",
+    ),
+    "another's name": (lambda answer: replace(answer, site="site-1"), "same name"),
+    "damaged bytes": (lambda _: b"\x00" * 40, "cannot be read"),
+}
+
+
+class TestBadSite:
+    @pytest.mark.parametrize("fault", BAD)
+    def test_costs_itself_the_round_and_not_the_run(self, smoke_plan, stations, tmp_path, start, fault):
+        """
+        A bad reply is named with its reason and left out; the result is that of a run without that site.
+        """
+        tamper, reason = BAD[fault]
+        good = opened(stations)
+        outcome, journal = run(
+            smoke_plan, ListGrid([*good[:2], TamperedStation(good[2], tamper)]), tmp_path, start, "bad"
+        )
+        without, _ = run(smoke_plan, ListGrid(good[:2]), tmp_path, start, "without")
+
+        for record in journal.records():
+            assert record["replied"] == ["site-1", "site-2"]
+            assert len(record["refused"]) == 1
+            assert reason in record["refused"][0]["reason"]
+        assert weights_sha256(outcome.last) == weights_sha256(without.last)
+
+    def test_courier_that_raises_is_missing_and_its_words_stay_away(
+        self, smoke_plan, stations, tmp_path, start, caplog
+    ):
+        """
+        An exception at a site is a missing reply; its text appears in no record and no log.
+        """
+        _, journal = run(smoke_plan, ListGrid([*opened(stations[:2]), RaisingStation()]), tmp_path, start)
+
+        assert all(record["missing"] == ["node 3"] for record in journal.records())
+        assert "Jane" not in str(journal.records()) + caplog.text
+
+    def test_too_few_good_replies_pause_the_run_and_keep_what_was_committed(
+        self, smoke_plan, stations, tmp_path, start
+    ):
+        """
+        With two of three sites failing in round 2 the run pauses with S180, names them, and round 1 stays.
+        """
+
+        def fail_later(answer):
+            return answer if answer.question.round == 1 else b"broken"
+
+        good = opened(stations)
+        grid = ListGrid([good[0], TamperedStation(good[1], fail_later), TamperedStation(good[2], fail_later)])
+        with pytest.raises(FederadError) as caught:
+            run(smoke_plan, grid, tmp_path, start, "paused")
+
+        assert caught.value.code == "S180"
+        assert "site-2" in caught.value.happened
+        assert "site-3" in caught.value.happened
+        records = Journal(tmp_path / "paused").records()
+        assert [r["round"] for r in records] == [1]
+        assert weights_sha256(Journal(tmp_path / "paused").weights(1)) == records[0]["weights_sha256"]
+
+
+class TestDeadline:
+    def test_late_reply_is_named_and_left_out(self, smoke_plan, stations, tmp_path, start):
+        """
+        A site that answers after the deadline costs itself the round; the others make it.
+        """
+
+        class Slow:
+            def __init__(self, station, seconds):
+                self.station, self.seconds = station, seconds
+
+            def answer(self, data):
+                time.sleep(self.seconds)
+                return self.station.answer(data)
+
+        strategy = smoke_plan.strategy.model_copy(update={"deadline_s": 2.0, "minimum_sites": 1})
+        plan = smoke_plan.model_copy(update={"strategy": strategy, "rounds": 1})
+        for folder in stations:
+            (folder / "plans" / f"{plan.sha256}.json").write_text(plan.canonical_json())
+        _, journal = run(plan, ListGrid([*opened(stations[:2]), Slow(opened(stations)[2], 2.5)]), tmp_path, start)
+
+        (record,) = journal.records()
+        assert record["replied"] == ["site-1", "site-2"]
+        assert record["refused"] == [{"site": "node 3", "reason": "late"}]
+
+    def test_without_sites_the_run_says_so(self, smoke_plan, tmp_path, start):
+        """
+        When fewer sites than the minimum join before the deadline, the message is S181.
+        """
+        strategy = smoke_plan.strategy.model_copy(update={"deadline_s": 0.3})
+        with pytest.raises(FederadError) as caught:
+            run(smoke_plan.model_copy(update={"strategy": strategy}), ListGrid([]), tmp_path, start)
+        assert caught.value.code == "S181"
+
+
+class TestMemory:
+    def test_replies_are_added_up_one_at_a_time(self, smoke_plan, stations, tmp_path, start, monkeypatch):
+        """
+        When an answer is added up, the updates of the answers before it are gone: nothing piles up with more sites.
+        """
+        import gc
+        import weakref
+
+        from server import rounds as module
+
+        alive: list[weakref.ref] = []
+        most = 0
+        decode = module.decode_answer
+
+        def watched(data):
+            nonlocal most
+            answer = decode(data)
+            gc.collect()
+            most = max(most, sum(ref() is not None for ref in alive))
+            if answer.update:
+                alive.append(weakref.ref(next(iter(answer.update.values()))))
+            return answer
+
+        monkeypatch.setattr(module, "decode_answer", watched)
+        run(smoke_plan, ListGrid(opened(stations)), tmp_path, start)
+        assert len(alive) == 6
+        assert most <= 1
