@@ -58,7 +58,8 @@ class AnswerStore:
         """
         with closing(self._connect()) as db:
             row = db.execute(
-                "SELECT weights, file FROM answers WHERE run = ? AND round = ? AND kind = ? AND plan = ?", _key(question)
+                "SELECT weights, file FROM answers WHERE run = ? AND round = ? AND kind = ? AND plan = ?",
+                _key(question),
             ).fetchone()
         if row is None:
             return None
@@ -80,7 +81,9 @@ class AnswerStore:
             os.fsync(stream.fileno())
         temporary.replace(self._folder / file)
         with closing(self._connect()) as db, db:
-            db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*_key(question), question.weights_sha256, file))
+            db.execute(
+                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*_key(question), question.weights_sha256, file)
+            )
             old = db.execute(
                 "SELECT file FROM answers WHERE run = ? AND round <= ?", (question.run, question.round - ROUNDS_KEPT)
             ).fetchall()

@@ -59,17 +59,23 @@ class ExactMean:
         self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         self._scratch = torch.empty(_BLOCK, dtype=torch.float64)
         self._bound = 0.0
+        self._closed = False
         self.total_weight = 0
 
     def add(self, update: Weights, weight: int, norm: float) -> None:
         """Add an update, float32 and finite, ``weight`` times; ``norm`` is its L2 norm."""
+        if self._closed:
+            raise ValueError("the mean has been taken")
         self._bound += weight * norm
         if norm > LARGEST_VALUE or self._bound > LARGEST_SUM:
             raise FederadError(
                 "S182",
                 happened=f"An update of norm {norm:.3g} and weight {weight} does not fit the exact sum.",
                 because="Beyond it the result would depend on the order in which sites answer.",
-                remedies=("lower max_update_norm under [strategy]", "look at the learning rate: updates should be small"),
+                remedies=(
+                    "lower max_update_norm under [strategy]",
+                    "look at the learning rate: updates should be small",
+                ),
             )
         for name, total in self._sums.items():
             flat = from_dlpack(update[name]).reshape(-1)
@@ -81,10 +87,14 @@ class ExactMean:
         self.total_weight += weight
 
     def mean(self) -> dict[str, NDArray[np.float64]]:
-        """The weighted mean, float64; ``ValueError`` if nothing was added."""
-        if not self.total_weight:
-            raise ValueError("the mean of no updates is undefined")
-        return {name: (total / self.total_weight).numpy() for name, total in self._sums.items()}
+        """The weighted mean, float64, in the memory of the sum: nothing can be added afterwards.
+
+        ``ValueError`` if nothing was added, or if the mean was taken before.
+        """
+        if not self.total_weight or self._closed:
+            raise ValueError("the mean of no updates is undefined, and can be taken once")
+        self._closed = True
+        return {name: total.div_(self.total_weight).numpy() for name, total in self._sums.items()}
 
 
 def norm_of(update: Weights) -> float:

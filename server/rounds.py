@@ -280,9 +280,7 @@ class Rounds:
         return _measured([answer for answer, _ in exchange.answers()])
 
     def _exchange(self, kind: AskKind, number: int, weights: Weights) -> Exchange:
-        return Exchange(
-            self, Question(self.run_id, number, kind, self.plan.sha256, weights_sha256(weights)), weights
-        )
+        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, weights_sha256(weights)), weights)
 
     def _note_validation(self, measured: Measured) -> None:
         """Write down what the sites measured of the newest round's weights."""
@@ -300,7 +298,9 @@ class Rounds:
     def _require_minimum(self, exchange: Exchange, number: int) -> None:
         if len(exchange.replied) >= self.plan.strategy.minimum_sites:
             return
-        others = [f"{e['site']} ({e['reason']})" for e in exchange.refused] + [f"{s} (no reply)" for s in exchange.missing]
+        others = [f"{e['site']} ({e['reason']})" for e in exchange.refused] + [
+            f"{s} (no reply)" for s in exchange.missing
+        ]
         raise FederadError(
             "S180",
             happened=f"Round {number} is paused: {len(exchange.replied)} of {exchange.n_asked} sites gave a good reply, "

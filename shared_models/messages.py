@@ -114,7 +114,7 @@ def decode_answer(data: bytes) -> Answer:
     header = _header(text, {"site", "question", "refusal", "metrics", "counts"})
     site, refusal, metrics, counts = (header[key] for key in ("site", "refusal", "metrics", "counts"))
     question = None if header["question"] is None else _question(header["question"])
-    if not isinstance(site, str) or not 0 < len(site) <= 200:  # noqa: PLR2004
+    if not isinstance(site, str) or not 0 < len(site) <= 200:
         raise _unreadable("the site has no name")
     if refusal is not None and refusal not in get_args(Refusal):
         raise _unreadable("the reason is not on the list")
@@ -139,7 +139,7 @@ def _question(fields: Any) -> Question:
     if not isinstance(fields, dict) or fields.keys() != Question.__annotations__.keys():
         raise _unreadable("its header has other fields")
     words = [fields[key] for key in ("run", "kind", "plan_sha256", "weights_sha256")]
-    if not all(isinstance(word, str) and len(word) <= 200 for word in words) or not _is_int(fields["round"]):  # noqa: PLR2004
+    if not all(isinstance(word, str) and len(word) <= 200 for word in words) or not _is_int(fields["round"]):
         raise _unreadable("its header has values of another type")
     if fields["kind"] not in get_args(AskKind) or fields["round"] < 0:
         raise _unreadable("its kind or round is none that exists")

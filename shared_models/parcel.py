@@ -14,7 +14,9 @@ STYPE = "federad.safetensors"
 
 def pack(data: bytes) -> RecordDict:
     """The content of a message that carries ``data``."""
-    return RecordDict({"parcel": ArrayRecord({"bytes": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})})
+    return RecordDict(
+        {"parcel": ArrayRecord({"bytes": Array(dtype="uint8", shape=(len(data),), stype=STYPE, data=data)})}
+    )
 
 
 def unpack(message: Message) -> bytes:

@@ -28,7 +28,7 @@ NOT_YET = ("privacy", "adaptation", "secure_sum")
 Dimensions = Literal[2, 3]
 
 
-class _Contradiction(ValueError):
+class _ContradictionError(ValueError):
     """Two keys that exclude each other; carries the remedy."""
 
     def __init__(self, key: str, happened: str, because: str, remedy: str) -> None:
@@ -43,11 +43,20 @@ class _Table(BaseModel):
 class TaskTable(_Table):
     """What is learned."""
 
-    kind: Annotated[str, AfterValidator(one_of(TASKS))] = Field(description=f"the kind of task, one of: {', '.join(TASKS)}")
-    labels: tuple[str, ...] = Field(min_length=2, description='names of the label values 0, 1, ...: the first is "background"')
-    network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(description=f"the network, one of: {', '.join(NETWORKS)}")
+    kind: Annotated[str, AfterValidator(one_of(TASKS))] = Field(
+        description=f"the kind of task, one of: {', '.join(TASKS)}"
+    )
+    labels: tuple[str, ...] = Field(
+        min_length=2, description='names of the label values 0, 1, ...: the first is "background"'
+    )
+    network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(
+        description=f"the network, one of: {', '.join(NETWORKS)}"
+    )
     channels: tuple[Annotated[int, Field(ge=1, le=1024)], ...] = Field(
-        default=(16, 32, 64, 128), min_length=2, max_length=7, description="features at each depth, e.g. [16, 32, 64, 128]"
+        default=(16, 32, 64, 128),
+        min_length=2,
+        max_length=7,
+        description="features at each depth, e.g. [16, 32, 64, 128]",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
 
@@ -56,14 +65,16 @@ class SplitTable(_Table):
     """Expected shares of a site's patients; each patient's place is fixed for ever by a secret hash."""
 
     train: float = Field(default=0.6, gt=0, lt=1, description="share of patients to train on, between 0 and 1")
-    validation: float = Field(default=0.15, ge=0, lt=1, description="share that chooses the best model, between 0 and 1")
+    validation: float = Field(
+        default=0.15, ge=0, lt=1, description="share that chooses the best model, between 0 and 1"
+    )
     test: float = Field(default=0.25, gt=0, lt=1, description="share that is measured once at the end, between 0 and 1")
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> Self:
         total = self.train + self.validation + self.test
         if abs(total - 1.0) > 1e-9:
-            raise _Contradiction(
+            raise _ContradictionError(
                 "data.split",
                 f"the shares add up to {total:g}",
                 "Every patient has exactly one place.",
@@ -96,10 +107,16 @@ class DataTable(_Table):
 class TrainingTable(_Table):
     """How each site trains in a round."""
 
-    epochs: int = Field(default=1, ge=1, le=1000, description="passes over the site's training patients in each round, 1 or more")
+    epochs: int = Field(
+        default=1, ge=1, le=1000, description="passes over the site's training patients in each round, 1 or more"
+    )
     batch_size: int = Field(default=8, ge=1, le=4096, description="patches in one step, 1 or more")
-    samples_per_patient: int = Field(default=4, ge=1, le=4096, description="patches drawn from each patient in each epoch")
-    foreground: float = Field(default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1")
+    samples_per_patient: int = Field(
+        default=4, ge=1, le=4096, description="patches drawn from each patient in each epoch"
+    )
+    foreground: float = Field(
+        default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1"
+    )
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="step size, above 0")
@@ -116,7 +133,10 @@ class StrategyTable(_Table):
     minimum_sites: int = Field(default=2, ge=1, le=10_000, description="a round with fewer good replies pauses the run")
     deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86_400, description="seconds a round waits for its sites")
     proximal_mu: float | None = Field(
-        default=None, ge=0, le=1000, description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)'
+        default=None,
+        ge=0,
+        le=1000,
+        description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)',
     )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
@@ -125,14 +145,14 @@ class StrategyTable(_Table):
     @model_validator(mode="after")
     def _proximal_term(self) -> Self:
         if self.name == "fedprox" and self.proximal_mu is None:
-            raise _Contradiction(
+            raise _ContradictionError(
                 "strategy.proximal_mu",
                 'name = "fedprox" without proximal_mu',
                 "FedProx is FedAvg plus a proximal term, and its weight has no sensible default.",
                 "add proximal_mu = 0.01 under [strategy]",
             )
         if self.name == "fedavg" and self.proximal_mu is not None:
-            raise _Contradiction(
+            raise _ContradictionError(
                 "strategy.proximal_mu",
                 f'name = "fedavg" with proximal_mu = {self.proximal_mu:g}',
                 "FedAvg has no proximal term, so the key would be ignored.",
@@ -175,11 +195,11 @@ class Plan(_Table):
         n_axes = self.data.dimensions
         for key, value in (("patch", self.data.patch), ("spacing_mm", self.data.spacing_mm)):
             if value is not None and len(value) != n_axes:
-                raise _Contradiction(
+                raise _ContradictionError(
                     f"data.{key}",
                     f"{key} = {list(value)} has {len(value)} numbers, dimensions = {n_axes}",
                     "Every axis needs its own number.",
-                    f"give {n_axes} numbers, in the order {'(y, x)' if n_axes == 2 else '(z, y, x)'}",  # noqa: PLR2004
+                    f"give {n_axes} numbers, in the order {'(y, x)' if n_axes == 2 else '(z, y, x)'}",
                 )
         return self
 
@@ -187,7 +207,7 @@ class Plan(_Table):
     def _patch_fits_network(self) -> Self:
         factor = 2 ** (len(self.task.channels) - 1)
         if any(side % factor for side in self.data.patch):
-            raise _Contradiction(
+            raise _ContradictionError(
                 "data.patch",
                 f"patch = {list(self.data.patch)}, and a network of {len(self.task.channels)} depths halves it "
                 f"{len(self.task.channels) - 1} times",
@@ -199,7 +219,7 @@ class Plan(_Table):
     @model_validator(mode="after")
     def _background_first(self) -> Self:
         if self.task.labels[0] != "background" or len(set(self.task.labels)) != len(self.task.labels):
-            raise _Contradiction(
+            raise _ContradictionError(
                 "task.labels",
                 f"labels = {list(self.task.labels)}",
                 "Label 0 is everything that nobody drew, and every name stands for one value.",
@@ -271,7 +291,7 @@ def _as_federad_error(model: type[BaseModel], error: ValidationError, name: str)
     mistakes = error.errors(include_url=False)
     first = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, _Contradiction):
+    if isinstance(cause, _ContradictionError):
         return FederadError(
             "P103",
             happened=f"{name}: {cause.key}: {cause.happened}.",

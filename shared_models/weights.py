@@ -89,7 +89,7 @@ def weights_sha256(weights: Mapping[str, NDArray[np.float32]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(json.dumps([name, list(weights[name].shape)]).encode())
-        digest.update(memoryview(np.ascontiguousarray(weights[name])).cast("B"))
+        digest.update(np.ascontiguousarray(weights[name]).data)
     return digest.hexdigest()
 
 

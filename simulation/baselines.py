@@ -32,7 +32,7 @@ class PooledCohort:
             study: cohort
             for cohort in cohorts
             for split in ("train", "validation", "test")
-            for patient in cohort.patients(split)  # type: ignore[arg-type]  # the tuple above holds the three literals
+            for patient in cohort.patients(split)
             for study in patient.studies
         }
 
@@ -108,7 +108,7 @@ def baseline(plan: Plan, sites: Sequence[SiteFolder], home: Sequence[SiteFolder]
 def baselines(
     plan: Plan, sites: Sequence[SiteFolder], *, seed: int, workers: int, on_done: Callable[[str], None]
 ) -> list[Row]:
-    """The central model and every site's own, several at a time; the longest first. Sites that cannot train are left out."""
+    """The central model and every site's own, the longest first; a site that cannot train has none."""
     able = [site for site in sites if cohort_of(site, plan).patients("train")]
     jobs = [("central", able), *((f"local:{site.name}", [site]) for site in able)]
     rows: list[Row] = []

@@ -41,9 +41,7 @@ def run(
     plan: PlanFile,
     out: Out,
     sites: Sites = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")] = None,
     engine: Annotated[str, typer.Option("--engine", help="in-process or ray.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,
@@ -57,7 +55,9 @@ def run(
 
     if engine not in ("in-process", "ray"):
         raise impossible(
-            f"There is no engine {engine!r}.", "An engine is a way to execute a plan.", "--engine in-process or --engine ray"
+            f"There is no engine {engine!r}.",
+            "An engine is a way to execute a plan.",
+            "--engine in-process or --engine ray",
         )
     request = Request(
         plan=Plan.load(plan),
@@ -93,11 +93,11 @@ def data(
     )
     with watching(request.plan, as_json) as watcher:
         hospitals = emulate_for(request, watcher)
-    listed = [{"name": h.name, "scanner": h.scanner, "folder": str(h.folder)} for h in hospitals]
+    written = [{"name": h.name, "scanner": h.scanner, "folder": str(h.folder)} for h in hospitals]
     if as_json:
-        print(json.dumps(listed))
+        print(json.dumps(written))
     else:
-        for hospital in listed:
+        for hospital in written:
             print(f"{hospital['name']}  {hospital['scanner']}  {hospital['folder']}")
 
 
@@ -121,7 +121,9 @@ def experiment(
         return
     if name not in EXPERIMENTS:
         raise impossible(
-            f"There is no experiment {name!r}.", "An experiment is a named comparison.", f"one of: {', '.join(EXPERIMENTS)}"
+            f"There is no experiment {name!r}.",
+            "An experiment is a named comparison.",
+            f"one of: {', '.join(EXPERIMENTS)}",
         )
     if out is None:
         raise impossible("--out is missing.", "An experiment keeps its partial results there.", "--out DIR")
@@ -226,8 +228,8 @@ def show_result(result: dict[str, Any], out: Path) -> None:
     for site in [*sites, "mean"]:
         table.add_column(site, justify="right")
     for row in rows:
-        values = [row["per_site"].get(site) for site in sites] + [row["mean"]]
-        table.add_row(row["method"], *("–" if value is None else f"{value:.3f}" for value in values))
+        cells = [row["per_site"].get(site) for site in sites] + [row["mean"]]
+        table.add_row(row["method"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
     console = Console()
     console.print(table)
     console.print(f"weights {result['weights_sha256'][:16]}  {result['seconds']:.0f} s  {out / 'report.html'}")
@@ -239,7 +241,9 @@ def show_experiment(result: dict[str, Any], out: Path) -> None:
     for column in ("claim", "value", "expected", "holds"):
         table.add_column(column)
     for claim in result["claims"]:
-        table.add_row(claim["claim"], f"{claim['value']:.3f}", f"{claim['expected']:g}", "yes" if claim["holds"] else "no")
+        table.add_row(
+            claim["claim"], f"{claim['value']:.3f}", f"{claim['expected']:g}", "yes" if claim["holds"] else "no"
+        )
     console = Console()
     console.print(table)
     console.print(out / "report.html")

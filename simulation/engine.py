@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 from flwr.app import Context, RecordDict, UserConfig
 from flwr.serverapp import Grid
@@ -51,10 +52,10 @@ def run_rounds(
         S180 to S182 from the round loop; what was committed stays in ``journal``.
     """
     outcomes: list[Outcome] = []
+    run = f"{plan.name}-{uuid4().hex[:12]}"
 
     def rounds_on(grid: Grid) -> Rounds:
         weights = initial_weights(task_for(plan).build_network, seed)
-        run = f"{plan.name}-{seed}"
         return Rounds(plan, grid, journal, run=run, seed=seed, weights=weights, on_progress=on_progress)
 
     server_app = make_server_app(rounds_on, outcomes.append)
@@ -69,9 +70,7 @@ def run_rounds(
         context = Context(
             run_id=FLOWER_RUN_ID, node_id=0, node_config=UserConfig(), state=RecordDict(), run_config=UserConfig()
         )
-        with InProcessGrid(
-            plan, stations, workers=execution.workers, run=Run.create_empty(FLOWER_RUN_ID)
-        ) as grid:
+        with InProcessGrid(plan, stations, workers=execution.workers, run=Run.create_empty(FLOWER_RUN_ID)) as grid:
             server_app(grid, context)
     return outcomes[0]
 

@@ -16,8 +16,7 @@ import json
 import platform
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -64,7 +63,7 @@ class Request:
     """A folder with one folder of images for each site; None emulates hospitals."""
 
     seed: int = 0
-    execution: Execution = Execution()
+    execution: Execution = field(default_factory=Execution)
     compare: bool = True
     """Whether to train the central and the local models too."""
 
@@ -110,8 +109,8 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
-    except (FederadError, KeyboardInterrupt) as error:
-        result |= what_is_done(journal, error) | {k: v for k, v in result.items() if k in ("rounds", "test")}
+    except BaseException as error:
+        result |= what_is_done(journal, error)
         raise
     finally:
         result["seconds"] = round(time.monotonic() - began, 1)
@@ -164,7 +163,7 @@ def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
         folder=request.folder.resolve() / "hospitals",
         seed=request.seed,
         workers=request.execution.workers,
-        progress=lambda done, total: watcher.step(done, total),
+        progress=watcher.step,
     )
 
 
@@ -247,15 +246,15 @@ def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str
 
 
 def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:
-    """The part of a result that a paused or stopped run can give."""
+    """The part of a result that a run which did not finish can give."""
+    status, message = "failed", f"An unexpected {type(error).__name__}."
+    if isinstance(error, KeyboardInterrupt):
+        status, message = "stopped", "Stopped by the user."
+    elif isinstance(error, FederadError):
+        status, message = "paused", str(error)
     records = journal.records()
-    stopped = isinstance(error, KeyboardInterrupt)
-    return {
-        "status": "stopped" if stopped else "paused",
-        "message": "Stopped by the user." if stopped else str(error),
-        "rounds": records,
-        "weights_sha256": records[-1]["weights_sha256"] if records else None,
-    }
+    last = records[-1]["weights_sha256"] if records else None
+    return {"status": status, "message": message, "rounds": records, "weights_sha256": last}
 
 
 def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> dict[str, Any]:
@@ -344,5 +343,3 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
     (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     write_report(folder)
-
-

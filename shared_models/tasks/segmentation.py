@@ -106,7 +106,10 @@ class Segmentation(Task):
         if volume.label is None:
             raise ValueError("a volume without a reference cannot be measured")
         per_label = [
-            (dice(prediction == k, volume.label == k), hausdorff_95_mm(prediction == k, volume.label == k, volume.spacing_mm))
+            (
+                dice(prediction == k, volume.label == k),
+                hausdorff_95_mm(prediction == k, volume.label == k, volume.spacing_mm),
+            )
             for k in range(1, len(self.plan.task.labels))
         ]
         overlap, distance = np.mean(per_label, axis=0)
@@ -178,7 +181,5 @@ def _crop(array: NDArray[np.generic], corner: tuple[int, ...], size: tuple[int, 
     shape = array.shape[1:]
     inside = tuple(slice(max(c, 0), min(c + n, side)) for c, n, side in zip(corner, size, shape, strict=True))
     window = np.asarray(array[(slice(None), *inside)])
-    padding = [
-        (max(-c, 0), max(c + n - side, 0)) for c, n, side in zip(corner, size, shape, strict=True)
-    ]
+    padding = [(max(-c, 0), max(c + n - side, 0)) for c, n, side in zip(corner, size, shape, strict=True)]
     return np.pad(window, [(0, 0), *padding]) if any(a or b for a, b in padding) else window

@@ -44,7 +44,9 @@ def evaluate(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "claims": [
             claim("over_central", "federated Dice / central Dice", ratios(central), 0.96),
             claim("over_own_local", "federated Dice / local models on their own patients", ratios(own), 1.05),
-            claim("over_other_sites", "federated Dice / local models on other sites' patients", ratios(elsewhere), 1.25),
+            claim(
+                "over_other_sites", "federated Dice / local models on other sites' patients", ratios(elsewhere), 1.25
+            ),
         ],
     }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from faults.sites import ListGrid, RaisingStation, TamperedStation, largest_array, opened, with_update
 
+from server import rounds as rounds_module
 from server.journal import Journal
 from server.rounds import Rounds
 from shared_models.errors import FederadError
@@ -143,29 +143,53 @@ class TestBadSite:
         assert weights_sha256(Journal(tmp_path / "paused").weights(1)) == records[0]["weights_sha256"]
 
 
+class Clock:
+    """Time that passes only when somebody sleeps or says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
 class TestDeadline:
-    def test_late_reply_is_named_and_left_out(self, smoke_plan, stations, tmp_path, start):
+    def test_late_reply_is_named_and_left_out(self, smoke_plan, stations, tmp_path, start, monkeypatch):
         """
         A site that answers after the deadline costs itself the round; the others make it.
         """
+        clock = Clock()
+        monkeypatch.setattr(rounds_module, "time", clock)
 
         class Slow:
-            def __init__(self, station, seconds):
-                self.station, self.seconds = station, seconds
+            def __init__(self, station):
+                self.station = station
 
             def answer(self, data):
-                time.sleep(self.seconds)
+                clock.now += 1000 * smoke_plan.strategy.deadline_s
                 return self.station.answer(data)
 
-        strategy = smoke_plan.strategy.model_copy(update={"deadline_s": 2.0, "minimum_sites": 1})
-        plan = smoke_plan.model_copy(update={"strategy": strategy, "rounds": 1})
-        for folder in stations:
-            (folder / "plans" / f"{plan.sha256}.json").write_text(plan.canonical_json())
-        _, journal = run(plan, ListGrid([*opened(stations[:2]), Slow(opened(stations)[2], 2.5)]), tmp_path, start)
+        good = opened(stations)
+        _, journal = run(smoke_plan, ListGrid([*good[:2], Slow(good[2])]), tmp_path, start)
 
-        (record,) = journal.records()
-        assert record["replied"] == ["site-1", "site-2"]
-        assert record["refused"] == [{"site": "node 3", "reason": "late"}]
+        for record in journal.records():
+            assert record["replied"] == ["site-1", "site-2"]
+            assert record["refused"] == [{"site": "node 3", "reason": "late"}]
+
+    def test_silent_site_is_missing_after_the_deadline(self, smoke_plan, stations, tmp_path, start, monkeypatch):
+        """
+        A site that never answers is waited for until the deadline and then named as missing.
+        """
+        monkeypatch.setattr(rounds_module, "time", Clock())
+        grid = ListGrid([*opened(stations[:2]), None])
+        pull = grid.pull_messages
+        grid.pull_messages = lambda ids: pull([i for i in ids if not i.startswith("3-")])
+        _, journal = run(smoke_plan, grid, tmp_path, start)
+
+        assert all(record["missing"] == ["node 3"] for record in journal.records())
 
     def test_without_sites_the_run_says_so(self, smoke_plan, tmp_path, start):
         """
@@ -185,11 +209,9 @@ class TestMemory:
         import gc
         import weakref
 
-        from server import rounds as module
-
         alive: list[weakref.ref] = []
         most = 0
-        decode = module.decode_answer
+        decode = rounds_module.decode_answer
 
         def watched(data):
             nonlocal most
@@ -200,7 +222,7 @@ class TestMemory:
                 alive.append(weakref.ref(next(iter(answer.update.values()))))
             return answer
 
-        monkeypatch.setattr(module, "decode_answer", watched)
+        monkeypatch.setattr(rounds_module, "decode_answer", watched)
         run(smoke_plan, ListGrid(opened(stations)), tmp_path, start)
         assert len(alive) == 6
         assert most <= 1

@@ -129,7 +129,13 @@ def _write_series(
 def _mr_image(values: np.ndarray, position: np.ndarray) -> Dataset:
     ds = Dataset()
     ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = MRImageStorage, generate_uid(), "MR"
-    ds.PatientBirthDate, ds.PatientSex, ds.StudyDate, ds.StudyTime, ds.StudyID = "19430219", "O", "20240315", "101500", "1"
+    ds.PatientBirthDate, ds.PatientSex, ds.StudyDate, ds.StudyTime, ds.StudyID = (
+        "19430219",
+        "O",
+        "20240315",
+        "101500",
+        "1",
+    )
     ds.AccessionNumber, ds.SeriesNumber, ds.ReferringPhysicianName = "A1", 1, ""
     ds.Manufacturer, ds.ManufacturerModelName, ds.MagneticFieldStrength = "SIEMENS", "Aurora", 1.5
     ds.ImageType = ["ORIGINAL", "PRIMARY", "M", "SE"]

@@ -198,7 +198,9 @@ class TestWhatIsLeftOut:
         edit(series_file, lambda ds: setattr(ds, "PatientID", ""))
         self.expect(build(hospital), Reason.NO_PATIENT, n_slices=23)
 
-    @pytest.mark.parametrize("tag", ["PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "SeriesInstanceUID"])
+    @pytest.mark.parametrize(
+        "tag", ["PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient", "SeriesInstanceUID"]
+    )
     def test_image_without_geometry_or_identity(self, hospital, build, series_file, edit, tag):
         """An image that does not say where it lies."""
         edit(series_file, lambda ds: delattr(ds, tag))
@@ -237,13 +239,13 @@ class TestWhatIsLeftOut:
 
     def test_any_damage_is_counted_and_none_escapes(self, hospital, build, series_file):
         """
-        Bytes flipped at random in a file, 300 times: it is read or counted, and no other exception comes out.
+        Bytes flipped at random in two files, 100 times: it is read or counted, and no other exception comes out.
         """
         whole = series_file.read_bytes()
         seg = hospital / "P-0" / "visit" / "seg.dcm"
         whole_seg = seg.read_bytes()
         rng = random.Random(0)
-        for _ in range(300):
+        for _ in range(100):
             for path, content in ((series_file, whole), (seg, whole_seg)):
                 broken = bytearray(content)
                 for _ in range(20):

@@ -1,0 +1,544 @@
+"""A plan is read whole or refused with its key, its value and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from shared_models.errors import FederadError
+from shared_models.plan import NOT_YET, Plan
+
+PLANS = Path(__file__).parents[2] / "simulation" / "plans"
+
+Tables = dict[str, Any]
+Key = tuple[str, ...]
+
+FULL: Tables = {
+    "name": "every-key",
+    "rounds": 20,
+    "task": {
+        "kind": "segmentation",
+        "labels": ["background", "lesion"],
+        "network": "unet",
+        "channels": [8, 16, 32],
+        "residual_units": 2,
+    },
+    "data": {
+        "modality": "MR",
+        "dimensions": 2,
+        "patch": [96, 64],
+        "spacing_mm": [1.0, 1.5],
+        "channels": ["flair", "t1c"],
+        "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
+    },
+    "training": {
+        "epochs": 2,
+        "batch_size": 6,
+        "samples_per_patient": 3,
+        "foreground": 0.25,
+        "flips": False,
+        "optimizer": "adamw",
+        "learning_rate": 0.002,
+        "weight_decay": 0.01,
+        "precision": "bfloat16",
+    },
+    "strategy": {
+        "name": "fedprox",
+        "minimum_sites": 3,
+        "deadline_s": 600.0,
+        "proximal_mu": 0.01,
+        "max_update_norm": 500.0,
+    },
+    "simulation": {
+        "patients": 12,
+        "slices": 6,
+        "scanners": ["one", "two"],
+        "drop_out": 0.1,
+        "delay_s": 2.0,
+        "late_joiners": 1,
+        "late_round": 3,
+    },
+}
+"""A plan with every key that exists, none at its default."""
+
+DESIGN_EXAMPLE = """
+name = "brain-lesions"
+rounds = 20
+
+[task]
+kind = "segmentation"            # segmentation | classification | reconstruction
+labels = ["background", "lesion"]
+network = "unet"
+
+[data]
+modality = "MR"
+dimensions = 2
+spacing_mm = [1.0, 1.0]
+patch = [96, 96]
+
+[training]
+epochs = 1
+batch_size = 8
+optimizer = "adam"
+learning_rate = 1e-3
+
+[strategy]
+name = "fedavg"
+minimum_sites = 3
+deadline_s = 3600
+"""
+
+RESERVED = {
+    "privacy": {
+        "unit": "patient",
+        "epsilon": 8.0,
+        "delta": 1e-5,
+        "clip": 1.0,
+        "patients_per_step": 16,
+        "steps_per_round": 10,
+    },
+    "adaptation": {"appearance": True, "adversarial": "scanner", "strength": 0.3},
+    "secure_sum": {"threshold": 0.67},
+}
+"""The tables of the design's example that this version does not implement."""
+
+
+def keys_of(model: type[BaseModel], above: Key = ()) -> list[Key]:
+    """Every key of a table and of the tables in it."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append((*above, name))
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += keys_of(field.annotation, (*above, name))
+    return keys
+
+
+def value_at(tables: Tables, key: Key) -> Any:
+    for part in key:
+        tables = tables[part]
+    return tables
+
+
+def with_value(key: Key, value: Any, tables: Tables = FULL) -> Tables:
+    changed = deepcopy(tables)
+    value_at(changed, key[:-1])[key[-1]] = value
+    return changed
+
+
+def without(key: Key, tables: Tables = FULL) -> Tables:
+    changed = deepcopy(tables)
+    del value_at(changed, key[:-1])[key[-1]]
+    return changed
+
+
+def as_toml(tables: Tables, *, backwards: bool = False, prefix: str = "") -> str:
+    """TOML text of ``tables``, with keys and tables in the given or in the opposite order."""
+    items = sorted(tables.items(), reverse=True) if backwards else list(tables.items())
+    text = "".join(f"{k} = {json.dumps(v)}\n" for k, v in items if not isinstance(v, dict))
+    for name, table in items:
+        if isinstance(table, dict):
+            text += f"[{prefix}{name}]\n{as_toml(table, backwards=backwards, prefix=f'{prefix}{name}.')}"
+    return text
+
+
+def wrong_types(value: Any) -> list[Any]:
+    """Values that are not of the type of ``value``, near and far."""
+    match value:
+        case bool():
+            return [1, "true", [True], {"surprise": 1}]
+        case int():
+            return [str(value), True, value + 0.5, [value], {"surprise": 1}]
+        case float():
+            return [str(value), True, [value], {"surprise": 1}, math.nan, math.inf]
+        case str():
+            return [7, True, [value], {"surprise": 1}, "x" * 1000]
+        case list():
+            return [value[0], 7, [[]], [{"surprise": 1}], [*value[1:], None], {"surprise": 1}]
+        case _:
+            return [7, "text", [], [value]]
+
+
+def refused(tables: Tables) -> FederadError:
+    with pytest.raises(FederadError) as error:
+        Plan.from_tables(tables, name="the plan")
+    return error.value
+
+
+KEYS = keys_of(Plan)
+LEAVES = [key for key in KEYS if not isinstance(value_at(FULL, key), dict)]
+
+
+LEAST_KEYS = (
+    ("name",), ("rounds",), ("task", "kind"), ("task", "labels"), ("task", "network"),
+    ("data", "modality"), ("data", "dimensions"), ("data", "patch"),
+)  # fmt: skip
+LEAST: Tables = {
+    **{key[0]: FULL[key[0]] for key in LEAST_KEYS if len(key) == 1},
+    **{table: {key[1]: FULL[table][key[1]] for key in LEAST_KEYS if key[0] == table} for table in ("task", "data")},
+}
+"""The same plan with nothing but the keys that have no default."""
+
+
+def key_id(key: Key) -> str:
+    return ".".join(key)
+
+
+class TestEveryKey:
+    def test_full_plan_holds_every_key_and_no_default(self):
+        """
+        The plan that these tests walk through has every key there is, each with a value of its own.
+        """
+        full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
+
+        for key in LEAVES:
+            given = key[:1] in LEAST_KEYS or key[:2] in LEAST_KEYS
+            assert given or value_at(full, key) != value_at(least, key), key
+
+    @pytest.mark.parametrize("key", KEYS, ids=key_id)
+    def test_value_of_another_type_is_refused_with_key_value_and_remedy(self, key):
+        """
+        A value of the wrong type is named together with its key, and the remedy says what belongs there.
+        """
+        for wrong in wrong_types(value_at(FULL, key)):
+            error = refused(with_value(key, wrong))
+
+            assert error.code == "P102", wrong
+            assert f"the plan: {key_id(key)}" in error.happened
+            if not isinstance(wrong, dict | list) or not wrong:
+                assert json.dumps(wrong) in error.happened
+            assert key[-1] in " ".join(error.remedies) or "keys here are" in error.remedies[0]
+
+    @pytest.mark.parametrize("key", KEYS, ids=key_id)
+    def test_neighbour_that_nobody_knows_is_refused_with_the_likely_key(self, key):
+        """
+        A misspelt key is named with its table, and the remedy has the key that was meant.
+        """
+        misspelt = (*key[:-1], f"{key[-1]}x")
+        error = refused(with_value(misspelt, 1))
+
+        assert error.code == "P102"
+        assert f"the plan: {key_id(misspelt)} is not a key" in error.happened
+        assert error.remedies == (f"did you mean {key[-1]}?",)
+
+    @pytest.mark.parametrize("table", [(), *(k for k in KEYS if k not in LEAVES)], ids=key_id)
+    def test_foreign_key_is_refused_with_the_keys_there_are(self, table):
+        """
+        A key that resembles none is answered with the list of the table's keys.
+        """
+        error = refused(with_value((*table, "zzz"), 1))
+
+        assert error.code == "P102"
+        for key in KEYS:
+            if key[:-1] == table:
+                assert key[-1] in error.remedies[0]
+
+    @pytest.mark.parametrize("key", KEYS, ids=key_id)
+    def test_key_left_out_is_missed_or_has_a_default(self, key):
+        """
+        A key without a default is missed by name; any other may be left out.
+        """
+        tables = without(key)
+        if key[0] == "strategy" and "strategy" in tables:
+            tables["strategy"].pop("proximal_mu", None)
+            tables["strategy"].pop("name", None)
+        if key[:2] == ("data", "split") and len(key) == 3:
+            tables["data"]["split"] = {"train": 0.6, "validation": 0.15, "test": 0.25}
+            tables = without(key, tables)
+        try:
+            Plan.from_tables(tables, name="the plan")
+        except FederadError as error:
+            assert error.code == "P102"
+            assert error.happened == f"the plan: {key_id(key)} is missing."
+            assert key[-1] in error.remedies[0]
+            assert key in LEAST_KEYS or key in {("task",), ("data",)}
+        else:
+            assert key not in LEAST_KEYS
+
+    @pytest.mark.parametrize("key", LEAVES, ids=key_id)
+    def test_every_key_is_explained(self, key):
+        """
+        The remedy of a wrong value tells what the key is for, in words and not only by its name.
+        """
+        error = refused(with_value(key, {"surprise": 1}))
+
+        assert len(error.remedies[0]) > len(f"{key[-1]}: ") + 10
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            (("name",), "Capital"),
+            (("name",), "two words"),
+            (("name",), "../up"),
+            (("rounds",), 0),
+            (("rounds",), 10**50),
+            (("task", "kind"), "classification"),
+            (("task", "network"), "transformer"),
+            (("task", "labels"), ["background"]),
+            (("task", "channels"), [16]),
+            (("data", "dimensions"), 4),
+            (("data", "modality"), "CT"),
+            (("data", "spacing_mm"), [0.0, 1.0]),
+            (("data", "split", "train"), 0.0),
+            (("training", "learning_rate"), 0.0),
+            (("training", "foreground"), 1.5),
+            (("strategy", "minimum_sites"), 0),
+            (("strategy", "deadline_s"), 0),
+            (("strategy", "max_update_norm"), 1e6),
+            (("simulation", "drop_out"), 1.0),
+        ],
+    )
+    def test_impossible_value_is_refused(self, key, value):
+        """
+        A value of the right type that no run could use is refused with the key and the value.
+        """
+        error = refused(with_value(key, value))
+
+        assert error.code == "P102"
+        assert key_id(key) in error.happened
+        assert json.dumps(value[0] if key[-1] == "spacing_mm" else value) in error.happened
+
+    def test_more_labels_than_a_voxel_can_hold_are_refused(self):
+        """
+        A voxel's label is one byte: with 257 labels the last would be read as background.
+        """
+        labels = ["background", *(f"part-{i}" for i in range(256))]
+
+        assert refused(with_value(("task", "labels"), labels)).code == "P102"
+
+    def test_date_is_not_a_name(self):
+        """
+        TOML's dates are a type of their own; a key that wants text refuses one.
+        """
+        with pytest.raises(FederadError, match="P102"):
+            Plan.from_toml(as_toml(FULL).replace('"every-key"', "2024-01-01"))
+
+
+class TestFile:
+    def test_missing_file_is_p100(self, tmp_path):
+        """
+        A path that leads nowhere is named.
+        """
+        with pytest.raises(FederadError, match=r"P100.*nowhere\.toml"):
+            Plan.load(tmp_path / "nowhere.toml")
+
+    def test_folder_and_bytes_that_are_no_text_are_p100(self, tmp_path):
+        """
+        A folder or a binary file is not a plan.
+        """
+        (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+
+        for path in (tmp_path, tmp_path / "binary.toml"):
+            with pytest.raises(FederadError, match="P100"):
+                Plan.load(path)
+
+    def test_text_that_is_not_toml_is_p101_with_its_line(self, tmp_path):
+        """
+        A file that cannot be parsed is refused with the line where reading stopped.
+        """
+        (tmp_path / "plan.toml").write_text('name = "x"\nrounds = = 2\n')
+
+        with pytest.raises(FederadError, match=r"P101.*plan\.toml.*line 2"):
+            Plan.load(tmp_path / "plan.toml")
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            pytest.param("rounds = " + "9" * 5000, id="a number of 5000 digits"),
+            pytest.param("rounds = " + "[" * 20000, id="20000 brackets"),
+            pytest.param("rounds = " + "[" * 300 + "]" * 300, id="lists in lists, 300 deep"),
+            pytest.param("", id="nothing"),
+            pytest.param("\ufeffname = 'x'", id="a byte order mark"),
+            pytest.param("name = 'x'\nname = 'y'", id="a key twice"),
+        ],
+    )
+    def test_odd_text_is_refused_with_a_number_too(self, text):
+        """
+        Whatever the file holds, its reader gets a numbered error and no traceback.
+        """
+        with pytest.raises(FederadError, match="P10[12]"):
+            Plan.from_toml(text)
+
+    @pytest.mark.parametrize("file", sorted(PLANS.glob("*.toml")), ids=lambda file: file.stem)
+    def test_plans_that_come_with_the_house_load(self, file):
+        """
+        Every example plan is valid, and is named like its file.
+        """
+        assert Plan.load(file).name == file.stem
+
+    def test_example_of_the_design_loads(self):
+        """
+        The design's example, without the tables that wait for their release, is a plan.
+        """
+        plan = Plan.from_toml(DESIGN_EXAMPLE)
+
+        assert (plan.strategy.deadline_s, plan.training.learning_rate, plan.data.patch) == (3600.0, 1e-3, (96, 96))
+
+
+class TestContradictions:
+    CASES = (
+        ("_sum_to_one", ("data", "split", "train"), 0.6, "data.split"),
+        ("_proximal_term", ("strategy", "name"), "fedavg", "strategy.proximal_mu"),
+        ("_proximal_term", ("strategy",), {"name": "fedprox"}, "strategy.proximal_mu"),
+        ("_axes_agree", ("data", "patch"), [32, 32, 32], "data.patch"),
+        ("_axes_agree", ("data", "spacing_mm"), [1.0, 1.0, 1.0], "data.spacing_mm"),
+        ("_axes_agree", ("data", "dimensions"), 3, "data.patch"),
+        ("_patch_fits_network", ("data", "patch"), [96, 62], "data.patch"),
+        ("_patch_fits_network", ("task", "channels"), [8, 16, 32, 64, 64, 64, 64], "data.patch"),
+        ("_background_first", ("task", "labels"), ["lesion", "background"], "task.labels"),
+        ("_background_first", ("task", "labels"), ["background", "lesion", "lesion"], "task.labels"),
+    )
+
+    @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
+    def test_contradiction_is_refused_with_a_way_out(self, check, key, value, named):
+        """
+        Two keys that exclude each other are named together with what to change.
+        """
+        error = refused(with_value(key, value))
+
+        assert error.code == "P103"
+        assert error.happened.startswith(f"the plan: {named}: ")
+        assert error.remedies[0]
+
+    def test_every_check_of_the_plan_is_tried(self):
+        """
+        No check between keys exists that the cases above leave out.
+        """
+        tables = [Plan, *(f.annotation for f in Plan.model_fields.values())]
+        tables += [f.annotation for t in tables[1:] if hasattr(t, "model_fields") for f in t.model_fields.values()]
+        checks = {
+            name
+            for table in tables
+            if isinstance(table, type) and issubclass(table, BaseModel)
+            for name in table.__pydantic_decorators__.model_validators
+        }
+
+        assert checks == {check for check, *_ in self.CASES}
+
+    def test_patch_that_shrinks_to_one_voxel_is_refused(self):
+        """
+        A patch halved down to a single voxel cannot be normalised there: such a plan stops before any site trains.
+        """
+        tables = with_value(("task", "channels"), [8, 16, 32, 64], with_value(("data", "patch"), [8, 8]))
+
+        assert refused(tables).code == "P103"
+
+
+class TestNotYet:
+    @pytest.mark.parametrize(
+        ("table", "key"), [(t, k) for t, keys in RESERVED.items() for k in keys], ids=lambda part: part
+    )
+    def test_reserved_key_is_refused_and_never_ignored(self, table, key):
+        """
+        A promise that this version cannot keep is refused with the table's name, alone or with its neighbours.
+        """
+        for values in ({key: RESERVED[table][key]}, RESERVED[table], {}):
+            with pytest.raises(FederadError) as error:
+                Plan.from_toml(DESIGN_EXAMPLE + as_toml({table: values}))
+            assert error.value.code == "P104"
+            assert f"[{table}]" in error.value.happened
+            assert any(f"[{table}]" in remedy for remedy in error.value.remedies)
+
+    def test_all_reserved_tables_are_tried(self):
+        """
+        The tables above are all that are reserved.
+        """
+        assert set(NOT_YET) == set(RESERVED)
+
+
+class TestFrozen:
+    @pytest.mark.parametrize("key", KEYS, ids=key_id)
+    def test_no_key_can_be_changed_afterwards(self, key):
+        """
+        A plan that was agreed on stays as it is.
+        """
+        table: Any = Plan.from_tables(FULL)
+        for part in key[:-1]:
+            table = getattr(table, part)
+
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(table, key[-1], getattr(table, key[-1]))
+
+    def test_equal_plans_are_the_same_key(self):
+        """
+        A plan can be looked up: equal ones are equal keys.
+        """
+        assert {Plan.from_tables(FULL): "found"}[Plan.from_tables(deepcopy(FULL))] == "found"
+
+
+class TestIdentity:
+    def test_comments_and_order_do_not_change_it(self):
+        """
+        The same content in another order, with comments and other spellings of numbers, is the same plan.
+        """
+        plan = Plan.from_toml(as_toml(FULL))
+        turned = as_toml(FULL, backwards=True).replace("\n", " # a remark\n")
+        respelt = turned.replace("0.002", "2e-3").replace("600.0", "600").replace("= 20 ", "= 0x14 ")
+
+        assert turned != respelt
+        assert Plan.from_toml(turned).sha256 == plan.sha256
+        assert Plan.from_toml(respelt).sha256 == plan.sha256
+
+    def test_spelling_out_defaults_does_not_change_it(self):
+        """
+        A default that is written down is still the default.
+        """
+        plan = Plan.from_toml(DESIGN_EXAMPLE)
+        spelt_out = plan.model_dump(mode="json", exclude_none=True)
+
+        assert Plan.from_toml(as_toml(spelt_out)).sha256 == plan.sha256
+
+    @pytest.mark.parametrize("key", LEAVES, ids=key_id)
+    def test_any_single_value_changes_it(self, key):
+        """
+        The smallest change of any one value makes another plan.
+        """
+        plan = Plan.from_tables(FULL)
+        tables: list[Any] = [plan]
+        for part in key[:-1]:
+            tables.append(getattr(tables[-1], part))
+        changed: Any = another(getattr(tables[-1], key[-1]))
+        for table, part in zip(reversed(tables), reversed(key), strict=True):
+            changed = table.model_copy(update={part: changed})
+
+        assert changed.sha256 != plan.sha256
+
+    def test_stored_form_is_read_as_the_same_plan(self):
+        """
+        The canonical text that a station stores gives the plan again.
+        """
+        plan = Plan.from_tables(FULL)
+
+        assert Plan.model_validate_json(plan.canonical_json()) == plan
+
+    def test_is_64_hex_digits_of_a_known_text(self):
+        """
+        The identity is SHA-256 of sorted JSON without spaces, which a second program can compute.
+        """
+        plan = Plan.from_tables(FULL)
+        text = json.dumps(FULL, sort_keys=True, separators=(",", ":"))
+
+        assert plan.sha256 == sha256(text.encode()).hexdigest()
+
+
+def another(value: Any) -> Any:
+    """The nearest other value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case float():
+            return math.nextafter(value, math.inf)
+        case str():
+            return value + "x"
+        case tuple():
+            return (*value[:-1], another(value[-1]))
+        case _:
+            raise TypeError(f"{value!r} has no other value")
