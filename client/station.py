@@ -36,6 +36,8 @@ from shared_models.plan import Plan
 
 log = logging.getLogger(__name__)
 
+CATALOGUE = "catalogue.sqlite"
+
 OnProgress = Callable[[int, int], None]
 """Told (done, in all) while something long goes on."""
 
@@ -94,7 +96,7 @@ class Station:
             C140 to C143 if the data folder, the cohort or the cache cannot be used.
         """
         secret = (self.folder / "secret").read_bytes()
-        catalogue = Catalogue.build(self.folder / "catalogue.sqlite", Path(self.config.data), secret=secret)
+        catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=secret)
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=secret, on_progress=on_progress)
         plans = self.folder / "plans"
         plans.mkdir(exist_ok=True)
@@ -104,6 +106,10 @@ class Station:
     def cohort(self, plan: Plan) -> Cohort:
         """The cohort prepared for ``plan``; C143 if it was never approved here."""
         return Cohort.open(self._cohort_folder(plan))
+
+    def catalogue(self) -> Catalogue:
+        """What was found in the data folder; C143 if nobody looked yet."""
+        return Catalogue.open(self.folder / CATALOGUE)
 
     def answer(self, data: bytes) -> bytes:
         """Answer a question: the same bytes whenever the same question comes."""

@@ -84,10 +84,8 @@ def data(
     """Write the emulated hospitals' DICOM folders."""
     from shared_models.plan import Plan
     from simulation.engine import Execution, usable_cpus
-    from simulation.run import Request, emulate_for, impossible, use_folder
+    from simulation.run import Request, emulate_for, use_folder
 
-    if sites is not None and sites < 1:
-        raise impossible(f"--sites {sites} asks for no site.", "A federation has at least one.", "--sites 4")
     request = Request(
         Plan.load(plan), use_folder(out), sites, seed=seed, execution=Execution(workers=workers or usable_cpus())
     )

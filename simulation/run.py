@@ -34,7 +34,7 @@ from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.processes import one_thread, process_pool
-from simulation.stations import SiteFolder, cohort_of, prepare_stations
+from simulation.stations import SiteFolder, cohort_of, open_station, prepare_stations
 
 
 class Watcher:
@@ -68,6 +68,10 @@ class Request:
     """Whether to train the central and the local models too."""
 
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.n_sites is not None and self.n_sites < 1:
+            raise impossible(f"--sites {self.n_sites} asks for no site.", "A federation has at least one.", "--sites 4")
 
 
 DEFAULT_SITES = 4
@@ -136,21 +140,32 @@ def use_folder(folder: Path) -> Path:
 
 def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
-    if request.n_sites is not None and request.n_sites < 1:
-        raise impossible(f"--sites {request.n_sites} asks for no site.", "A federation has at least one.", "--sites 4")
+    require_minimum(request)
     stations = request.folder.resolve() / "stations"
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
-        if len(folders) < (request.n_sites or 1):
+        needed = request.n_sites or request.plan.strategy.minimum_sites
+        if len(folders) < needed:
             raise impossible(
-                f"{request.data} holds {len(folders)} folders, --sites asks for {request.n_sites or 'at least 1'}.",
+                f"{request.data} holds {len(folders)} folders, and the run needs {needed}.",
                 "Each folder in it is one site.",
                 "--data FOLDER with one folder of images for each site",
             )
         return [SiteFolder(path.name, path, stations / path.name) for path in folders[: request.n_sites]]
     hospitals = emulate_for(request, watcher)
     return [SiteFolder(h.name, h.folder, stations / h.name) for h in hospitals]
+
+
+def require_minimum(request: Request) -> None:
+    """R230 for a number of sites with which the first round could never end."""
+    needed = request.plan.strategy.minimum_sites
+    if request.n_sites is not None and request.n_sites < needed:
+        raise impossible(
+            f"The plan needs {needed} sites in each round, --sites asks for {request.n_sites}.",
+            "The first round could never end.",
+            f"--sites {needed}, or a lower minimum_sites under [strategy]",
+        )
 
 
 def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
@@ -169,13 +184,6 @@ def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
 
 def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None:
     """Stations ready, with nothing answered before."""
-    needed = request.plan.strategy.minimum_sites
-    if needed > len(sites):
-        raise impossible(
-            f"The plan needs {needed} sites in each round and there are {len(sites)}.",
-            "The first round could never end.",
-            f"--sites {needed}, or a lower minimum_sites under [strategy]",
-        )
     watcher.stage("reading images", len(sites))
     for site in sites:
         shutil.rmtree(site.station / "answers", ignore_errors=True)
@@ -218,8 +226,9 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
 
 def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
     """Name, scanners, patients and skipped files of a site."""
-    cohort = cohort_of(site, plan)
-    reasons = [skipped.reason for skipped in cohort.skipped]
+    station = open_station(site.station)
+    cohort = station.cohort(plan)
+    reasons = [skipped.reason for skipped in (*station.catalogue().skipped(), *cohort.skipped)]
     return {
         "name": site.name,
         "scanner": ", ".join(cohort.scanners) or "unknown",

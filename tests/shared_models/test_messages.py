@@ -130,11 +130,8 @@ class TestDamage:
         for position in range(8 * len(data)):
             damaged = bytearray(data)
             damaged[position // 8] ^= 1 << position % 8
-            try:
-                arrived = decode_ask(bytes(damaged))
-            except FederadError as error:
-                assert error.code == "M211"
-            else:
+            arrived = laws.read_or_refused(decode_ask, bytes(damaged))
+            if arrived is not None:
                 laws.assert_same_bits(arrived.weights, WEIGHTS)
                 assert arrived.question.weights_sha256 == QUESTION.weights_sha256
 
@@ -164,11 +161,8 @@ class TestDamage:
         """
         Whatever stands in a field of an answer, it is an answer of proper types or M211.
         """
-        try:
-            answer = decode_answer(answered_with({**HEADER, key: value}))
-        except FederadError as error:
-            assert error.code == "M211"
-        else:
+        answer = laws.read_or_refused(decode_answer, answered_with({**HEADER, key: value}))
+        if answer is not None:
             assert all(type(v) is float and np.isfinite(v) for v in answer.metrics.values())
             assert all(type(v) is int and v >= 0 for v in answer.counts.values())
             assert answer.refusal is None or answer.refusal in get_args(Refusal)

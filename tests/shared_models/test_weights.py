@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from hashlib import sha256
 from math import prod
 
 import laws
@@ -205,12 +206,8 @@ class TestHostileBytes:
         A header of plausible and absurd entries is refused, or read as the format's own library reads it.
         """
         data = message(header, bytes(range(n_bytes)))
-        try:
-            weights, _ = decode(data)
-        except FederadError as error:
-            assert error.code == "M211"
-        else:
-            laws.assert_same_bits(safetensors.numpy.load(data), weights)
+        if (read := laws.read_or_refused(decode, data)) is not None:
+            laws.assert_same_bits(safetensors.numpy.load(data), read[0])
 
 
 class TestNetwork:
@@ -293,8 +290,6 @@ class TestHash:
         """
         The hash is SHA-256 over names, shapes and little-endian values, as a few lines compute it.
         """
-        from hashlib import sha256
-
         values = [0.5, -2.0, 3.25]
         text = b'["a", [3]]' + struct.pack("<3f", *values) + b'["b", [1, 1]]' + struct.pack("<f", 9.0)
         weights = {"b": np.full((1, 1), 9, np.float32), "a": np.array(values, np.float32)}
