@@ -7,6 +7,7 @@ sites (a simulation's worker) needs memory for one. All randomness derives from 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ class Trainer:
         self.network.train()
         torch.manual_seed(derive(seed, site, round_, "torch"))
         anchors = [p.detach().clone() for p in self.network.parameters()] if self.plan.strategy.proximal_mu else []
-        optimizer = build_optimizer(self.plan, self.network)
+        optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
         losses = [
             self._step(optimizer, anchors, samples)
@@ -174,9 +175,9 @@ def resident_trainer(plan: Plan, device: str) -> Trainer:
     return Trainer(plan, device)
 
 
-def build_optimizer(plan: Plan, network: torch.nn.Module) -> torch.optim.Optimizer:
-    """The optimiser that the plan names, fresh."""
-    rate, decay = plan.training.learning_rate, plan.training.weight_decay
+def build_optimizer(plan: Plan, network: torch.nn.Module, round_: int) -> torch.optim.Optimizer:
+    """The optimiser that the plan names, fresh, with the learning rate of this round."""
+    rate, decay = learning_rate(plan, round_), plan.training.weight_decay
     match plan.training.optimizer:
         case "adam":
             return torch.optim.Adam(network.parameters(), lr=rate, weight_decay=decay)
@@ -184,6 +185,17 @@ def build_optimizer(plan: Plan, network: torch.nn.Module) -> torch.optim.Optimiz
             return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
         case "sgd":
             return torch.optim.SGD(network.parameters(), lr=rate, weight_decay=decay)
+
+
+def learning_rate(plan: Plan, round_: int) -> float:
+    """The learning rate of a round; constant within it.
+
+    With ``schedule = "cosine"`` it falls along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, without
+    restarts) from the plan's value in round 1 to almost nothing in the last.
+    """
+    if plan.training.schedule == "constant":
+        return plan.training.learning_rate
+    return plan.training.learning_rate * 0.5 * (1 + math.cos(math.pi * (round_ - 1) / plan.rounds))
 
 
 def choose_device(wanted: str) -> str:

@@ -120,6 +120,9 @@ class TrainingTable(_Table):
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
     learning_rate: float = Field(default=1e-3, gt=0, le=10, description="step size, above 0")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant", description='"constant", or "cosine": from learning_rate down to nearly 0 over the rounds'
+    )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay, 0 or more")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description='"float32", or "bfloat16" for mixed precision where the device supports it'

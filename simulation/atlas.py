@@ -80,7 +80,10 @@ class Grid:
 
     def axes_mm(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Coordinates of the voxel centres along z, y and x [mm], one vector each."""
-        z, y, x = (o + d * np.arange(n) for o, d, n in zip(self.origin_mm, self.spacing_mm, self.shape, strict=True))
+        z, y, x = (
+            np.arange(n, dtype=np.float64) * d + o
+            for o, d, n in zip(self.origin_mm, self.spacing_mm, self.shape, strict=True)
+        )
         return z, y, x
 
     def points_mm(self) -> NDArray[np.float64]:
@@ -142,7 +145,7 @@ def _template() -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.fl
     right, front, low = images[0].affine[:3, 3]
     left_first = -(right + last_index[0])  # nilearn's x and y grow to the right and to the front: reversed here
     back_first = -(front + last_index[1])
-    origin = _triple([low - _MARGIN_MM, back_first - _MARGIN_MM, left_first - _MARGIN_MM])
+    origin = _triple(float(edge - _MARGIN_MM) for edge in (low, back_first, left_first))
     return (t1 > 0).astype(np.float32), grey, white, origin
 
 

@@ -293,9 +293,7 @@ def _series(assignment: _Assignment, study: int, image: NDArray[np.float32]) -> 
     ]
 
 
-def _slice(
-    assignment: _Assignment, study: int, number: int, pixels: NDArray[np.uint16], window: float
-) -> Dataset:
+def _slice(assignment: _Assignment, study: int, number: int, pixels: NDArray[np.uint16], window: float) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -357,6 +355,8 @@ def _describe_scanner(ds: Dataset, scanner: Scanner) -> None:
     ds.RepetitionTime = _milliseconds(scanner.repetition_time_s)
     if scanner.inversion_time_s is not None:
         ds.InversionTime = _milliseconds(scanner.inversion_time_s)
+    if scanner.contrast_agent is not None:
+        ds.ContrastBolusAgent = scanner.contrast_agent
 
 
 def _place(ds: Dataset, grid: Grid, index: int) -> None:
@@ -375,9 +375,7 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def _segmentation(
-    assignment: _Assignment, study: int, series: Sequence[Dataset], mask: NDArray[np.uint8]
-) -> Dataset:
+def _segmentation(assignment: _Assignment, study: int, series: Sequence[Dataset], mask: NDArray[np.uint8]) -> Dataset:
     """The lesions as a binary DICOM Segmentation on the slices of ``series``; ``mask`` is ``(z, y, x)``."""
     import highdicom as hd
     from pydicom.sr.codedict import codes

@@ -27,7 +27,7 @@ LARGEST_CONTROL_MM = 0.4 * CONTROL_SPACING_MM
 """Bound on every control displacement along each axis [mm]; below 1 / 2.48 of the spacing a cubic B-spline cannot fold
 (Choi and Lee 2000, doi:10.1006/gmod.2000.0531)."""
 
-_KNOTS_MM = np.arange(-4, 5) * CONTROL_SPACING_MM
+_KNOTS_MM = np.arange(-5, 6) * CONTROL_SPACING_MM
 _WHITE = TISSUES.index("white_matter")
 
 
@@ -151,6 +151,11 @@ class EmulatedPatient:
         """Age at the first study, 20 to 79 [years]."""
         return int(self._random("age").integers(20, 80))
 
+    @property
+    def warp(self) -> Warp:
+        """How this head differs from the atlas."""
+        return Warp.random(self._random("warp"))
+
     def anatomy(self, grid: Grid, study: int) -> Anatomy:
         """Tissues and lesions on ``grid`` at visit ``study`` (from 1).
 
@@ -160,7 +165,7 @@ class EmulatedPatient:
         atlas = load_atlas(max(1.0, min(grid.spacing_mm[1:])))
         n_subslices = max(1, round(grid.spacing_mm[0] / atlas.resolution_mm))
         fine = grid.with_subslices(n_subslices)
-        healthy = atlas.at(Warp.random(self._random("warp")).points_mm(fine))
+        healthy = atlas.at(self.warp.points_mm(fine))
         lesion = _inside_white_matter(healthy[_WHITE], self._lesions(healthy[_WHITE], fine, study), fine)
         tissues = _average_slices(np.concatenate([healthy * (1 - lesion), lesion[None]]), n_subslices)
         return Anatomy(tissues, (tissues[-1] >= 0.5).astype(np.uint8), grid)
@@ -204,9 +209,7 @@ def _inside_white_matter(
     lesion = np.zeros(grid.shape, np.float32)
     for one in lesions:
         np.maximum(lesion, one.occupancy(points), out=lesion)
-    smooth_white = ndimage.gaussian_filter(white_matter, [1.0 / d for d in grid.spacing_mm])
-    room: NDArray[np.float32] = np.clip(2 * smooth_white, 0, 1)
-    return lesion * room
+    return lesion * np.minimum(2 * white_matter, 1)
 
 
 def _average_slices(tissues: NDArray[np.float32], n_subslices: int) -> NDArray[np.float32]:

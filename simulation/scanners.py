@@ -59,6 +59,9 @@ class Scanner:
     inversion_time_s: float | None
     """Inversion time [s]; None without an inversion pulse."""
 
+    contrast_agent: str | None
+    """DICOM Contrast/Bolus Agent; None without one."""
+
     intensities: Intensities
     """Tissue contrast of the sequence."""
 
@@ -79,17 +82,18 @@ class Scanner:
 
 
 SCANNERS: dict[str, Scanner] = {
-    "siemens-t1-3t": Scanner(
+    "siemens-t1gd-3t": Scanner(
         manufacturer="SIEMENS",
         model="MAGNETOM Aldera",
         field_strength_t=3.0,
         sequence_name="*tfl3d1_16",
-        series_description="t1_mprage_tra",
+        series_description="t1_mprage_tra_gd",
         scanning_sequence=("GR", "IR"),
         echo_time_s=0.00298,
         repetition_time_s=2.3,
         inversion_time_s=0.9,
-        intensities=Intensities(scalp=1.00, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.68, lesion=0.92),
+        contrast_agent="Gadobutrol",
+        intensities=Intensities(scalp=0.85, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.66, lesion=0.92),
         gamma=1.0,
         bias_amplitude=0.20,
         point_spread_mm=0.8,
@@ -106,7 +110,8 @@ SCANNERS: dict[str, Scanner] = {
         echo_time_s=0.102,
         repetition_time_s=4.5,
         inversion_time_s=None,
-        intensities=Intensities(scalp=0.90, bone=0.06, csf=0.92, grey_matter=0.46, white_matter=0.32, lesion=0.86),
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.60, bone=0.06, csf=0.78, grey_matter=0.46, white_matter=0.32, lesion=0.92),
         gamma=0.9,
         bias_amplitude=0.12,
         point_spread_mm=1.0,
@@ -123,6 +128,7 @@ SCANNERS: dict[str, Scanner] = {
         echo_time_s=0.125,
         repetition_time_s=11.0,
         inversion_time_s=2.8,
+        contrast_agent=None,
         intensities=Intensities(scalp=0.25, bone=0.08, csf=0.10, grey_matter=0.58, white_matter=0.46, lesion=0.86),
         gamma=1.1,
         bias_amplitude=0.28,
@@ -140,6 +146,7 @@ SCANNERS: dict[str, Scanner] = {
         echo_time_s=0.018,
         repetition_time_s=2.8,
         inversion_time_s=None,
+        contrast_agent=None,
         intensities=Intensities(scalp=0.35, bone=0.12, csf=0.60, grey_matter=0.76, white_matter=0.60, lesion=0.92),
         gamma=1.2,
         bias_amplitude=0.15,
@@ -209,9 +216,7 @@ def shading(shape: tuple[int, ...], amplitude: float, random: np.random.Generato
     return np.exp(exponent)
 
 
-def add_rician_noise(
-    signal: NDArray[np.float32], sigma: float, random: np.random.Generator
-) -> NDArray[np.float32]:
+def add_rician_noise(signal: NDArray[np.float32], sigma: float, random: np.random.Generator) -> NDArray[np.float32]:
     """Magnitude of the signal plus complex Gaussian noise (Gudbjartsson and Patz 1995, doi:10.1002/mrm.1910340618).
 
     ``sigma`` is the standard deviation in each channel, in the unit of ``signal``; shape and dtype are kept.

@@ -34,11 +34,11 @@ def every_case() -> list[tuple[str, str, int]]:
 
 
 def example_plan(
-    task: str = "segmentation", network: str = "unet", dimensions: int = 2, **tables: dict[str, Any]
+    kind: str = "segmentation", network: str = "unet", dimensions: int = 2, **tables: dict[str, Any]
 ) -> Plan:
     """The smallest plan of a kind; ``tables`` change or add keys."""
     base: dict[str, dict[str, Any]] = {
-        "task": {"kind": task, "network": network, "channels": [4, 8], **TASK_TABLES[task]},
+        "task": {"kind": kind, "network": network, "channels": [4, 8], **TASK_TABLES[kind]},
         "data": {"modality": "MR", "dimensions": dimensions, "patch": [8] * dimensions},
     }
     merged = {name: {**base.get(name, {}), **tables.get(name, {})} for name in base.keys() | tables.keys()}

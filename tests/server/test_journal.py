@@ -21,8 +21,8 @@ def weights_after(round_: int, n: int = 50) -> dict[str, np.ndarray]:
 
 
 def best_before(round_: int) -> int:
-    """The round that a run would call its best."""
-    return max(round_ // 3, 1)
+    """The round that a run would call its best once ``round_`` is done: every third is better than all before."""
+    return max((round_ - 1) // 3 * 3, 1)
 
 
 def commit_rounds(folder, first: int, last: int, n: int = 50) -> None:

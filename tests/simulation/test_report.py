@@ -51,12 +51,11 @@ def a_result(n_rounds: int = 12) -> dict:
                     "dice": round(float(np.mean(list(dice.values()))), 5),
                     "hd95_mm": round(20 / i + 4.1, 3),
                 },
-                "per_site": {site: {"dice": value} for site, value in dice.items() if site not in away},
+                "per_site": {s: {"dice": dice[s], "hd95_mm": 20 / i + 4.1} for s in SITES if s not in away},
             }
         )
     return {
         "plan": "demo",
-        "plan_name": "demo",
         "plan_sha256": "9f2c" * 16,
         "task": "segmentation",
         "engine": "in-process",
@@ -66,6 +65,7 @@ def a_result(n_rounds: int = 12) -> dict:
         "seconds": 96.4,
         "status": "finished",
         "headline": "dice",
+        "metrics": {"dice": True, "hd95_mm": False},
         "sites": [
             {
                 "name": site,
@@ -76,7 +76,7 @@ def a_result(n_rounds: int = 12) -> dict:
             for k, (site, scanner) in enumerate(zip(SITES, SCANNERS, strict=True))
         ],
         "rounds": rounds,
-        "best_round": max(rounds, key=lambda one: one["validation"]["dice"])["round"],
+        "best_round": max(rounds, key=lambda one: one["validation"]["dice"])["round"] if rounds else None,
         "released": "best",
         "test": {
             "dice": 0.8283,
@@ -108,10 +108,18 @@ def a_result(n_rounds: int = 12) -> dict:
             "local_elsewhere": 0.5303,
             "seconds": 210.0,
         },
+        "privacy": None,
         "weights_sha256": "07be" * 16,
+        "released_sha256": "51ac" * 16,
         "versions": {"federad": "0.1.0", "torch": "2.13.0", "flwr": "1.41.0"},
         "command": "federad-sim run simulation/plans/demo.toml --sites 4 --out runs/demo",
     }
+
+
+def an_unfinished_result(n_rounds: int, **ending: str) -> dict:
+    """What a run writes that broke off after some rounds."""
+    result = {**a_result(n_rounds), "test": None, "comparison": None, **ending}
+    return {k: v for k, v in result.items() if k not in ("best_round", "released", "released_sha256")}
 
 
 def some_pictures() -> dict[str, np.ndarray]:
@@ -141,7 +149,7 @@ def some_pictures() -> dict[str, np.ndarray]:
             arrays[f"{index}/prediction"] = prediction.astype(np.uint8)
             dice = 2 * (truth & prediction).sum() / (truth.sum() + prediction.sum())
             meta.append({"site": site, "scanner": scanner, "which": which, "dice": float(dice), "pixel_mm": [2.0, 2.0]})
-    return {**arrays, "meta": np.array(json.dumps(meta))}
+    return {**arrays, "meta": np.array([json.dumps(one) for one in meta])}
 
 
 def an_experiment() -> dict:
@@ -162,6 +170,8 @@ def an_experiment() -> dict:
             )
     return {
         "experiment": "federated-against-local",
+        "title": "Together or each alone",
+        "plan_sha256": "9f2c" * 16,
         "quick": False,
         "seeds": [0, 1, 2],
         "rows": rows,
@@ -169,6 +179,7 @@ def an_experiment() -> dict:
             {
                 "claim": "The shared model beats own models at home",
                 "value": 0.0831,
+                "values": [0.0831],
                 "expected": 0.03,
                 "holds": True,
                 "id": "F1",
@@ -176,6 +187,7 @@ def an_experiment() -> dict:
             {
                 "claim": "The shared model is close to central",
                 "value": -0.0124,
+                "values": [-0.0124],
                 "expected": -0.01,
                 "holds": False,
                 "id": "F2",
@@ -331,17 +343,18 @@ class TestRunReport:
         Names come from other hospitals; none of them becomes part of the page's code.
         """
         result = json.loads(json.dumps(a_result()).replace("site-2", HOSTILE))
-        result.update(plan_name=HOSTILE, message=f'"{HOSTILE}', command=HOSTILE, engine=HOSTILE, status=f'x" {HOSTILE}')
+        result.update(plan=HOSTILE, message=f'"{HOSTILE}', command=HOSTILE, engine=HOSTILE)
         result["sites"][0].update(scanner=HOSTILE, skipped={HOSTILE: 1})
         result["rounds"][2]["refused"] = [{"site": HOSTILE, "reason": HOSTILE}]
         pictures = some_pictures()
-        pictures["meta"] = np.array(str(pictures["meta"]).replace("site-2", HOSTILE).replace("best", HOSTILE))
+        pictures["meta"] = np.array([str(one).replace("site-2", HOSTILE) for one in pictures["meta"]])
 
-        page = a_page(tmp_path, result, pictures)
+        pages = [a_page(tmp_path, {**result, "status": status}, pictures) for status in ("failed", "finished")]
 
-        assert "script" not in {tag for tag, _ in page.tags}
-        assert page.text.count(HOSTILE) > 10
-        assert close_tags_match(page.source)
+        for page in pages:
+            assert "script" not in {tag for tag, _ in page.tags}
+            assert page.text.count(HOSTILE) > 10
+            assert close_tags_match(page.source)
 
     def test_shared_model_is_set_beside_own_and_central_ones(self, tmp_path):
         """
@@ -374,55 +387,36 @@ class TestRunReport:
         assert "No formal guarantee" not in text
 
     @pytest.mark.parametrize(
-        ("lacking", "said"),
+        ("lacking", "empty", "said"),
         [
-            ("test", "No test figures"),
-            ("comparison", "No comparison was made"),
-            ("rounds", "No round was completed"),
-            ("sites", "4 hospitals"),
-            ("headline", "Validation Dice"),
-            ("versions", "Where these figures come from"),
+            ("test", None, "No test figures"),
+            ("comparison", None, "No comparison was made"),
+            ("rounds", [], "No round was completed"),
         ],
     )
-    def test_what_is_lacking_is_named(self, tmp_path, lacking, said):
+    def test_what_a_run_did_not_come_to_is_named(self, tmp_path, lacking, empty, said):
         """
         A result without one of its parts still makes a page, and the page says what is not there.
         """
-        result = a_result()
-        del result[lacking]
+        assert said in a_page(tmp_path, {**a_result(), lacking: empty}).text
 
-        assert said in a_page(tmp_path, result).text
-
-    def test_result_without_a_status_is_not_called_finished(self, tmp_path):
-        """
-        A run that broke off wrote no status: the page does not claim an ending for it.
-        """
-        result = {**a_result(3), "test": None, "comparison": None}
-        del result["status"]
-
-        assert "Unfinished." in a_page(tmp_path, result).text
-
-    def test_result_with_nothing_but_a_plan_makes_a_page(self, tmp_path):
+    def test_run_that_broke_off_at_once_makes_a_page(self, tmp_path):
         """
         A run that stopped before its first round leaves a page that says just that.
         """
-        page = a_page(tmp_path, {"plan": "demo", "status": "stopped", "message": "R233: stopped by the user"})
+        result = an_unfinished_result(0, status="stopped", message="Stopped by the user.")
 
-        assert "Stopped. R233: stopped by the user" in page.text
-        assert "no round was completed" in page.text
-        assert "no pictures.npz" in page.text
+        page = a_page(tmp_path, {**result, "weights_sha256": None}, some_pictures())
+
+        assert "Stopped by the user." in page.text
+        assert "4 hospitals took part, and no round was completed." in page.text
+        assert "Pictures are made when a run finishes." in page.text  # those that lie there are another run's
 
     def test_paused_run_shows_how_far_it_came(self, tmp_path):
         """
         A pause is not an ending: the page shows the rounds so far and the reason.
         """
-        result = {
-            **a_result(5),
-            "status": "paused",
-            "message": "S180: 2 sites replied.",
-            "test": None,
-            "comparison": None,
-        }
+        result = an_unfinished_result(5, status="paused", message="S180: 2 sites replied.")
 
         text = a_page(tmp_path, result).text
 
@@ -430,20 +424,59 @@ class TestRunReport:
         assert "The completed rounds are kept" in text
         assert "S180: 2 sites replied." in text
 
-    def test_missing_and_impossible_numbers_become_a_dash(self, tmp_path):
+    def test_run_that_failed_says_so(self, tmp_path):
         """
-        null and NaN are shown as nothing, never as 0 or "nan".
+        An error of our own ends a run with rounds and a page.
+        """
+        result = an_unfinished_result(3, status="failed", message="An unexpected ValueError.")
+
+        assert "Failed. The completed rounds are kept" in a_page(tmp_path, result).text
+
+    def test_site_without_test_patients_has_dashes(self, tmp_path):
+        """
+        What was not measured is shown as nothing, never as 0.
         """
         result = a_result()
         result["rounds"][0].update(training_loss=None, validation=None)
-        result["rounds"][1]["validation"]["dice"] = float("nan")
-        result["test"]["per_site"]["site-3"]["hd95_mm"] = float("nan")
+        del result["test"]["per_site"]["site-3"]
+        for row in result["comparison"]["rows"]:
+            del row["per_site"]["site-3"]
 
         page = a_page(tmp_path, result)
 
-        assert page.table("sites")[2]["Test HD95 (mm)"] == "–"
-        assert [row["Dice"] for row in page.table("rounds")[:3]][:2] == ["–", "–"]
-        assert not re.search(r"\bnan\b", page.text, re.IGNORECASE)
+        site = page.table("sites")[2]
+        assert {site[column] for column in site if column[:4] in SHOWN} == {"–"}
+        assert page.table("rounds")[0]["Dice"] == page.table("rounds")[0]["Training loss"] == "–"
+
+    def test_site_that_could_not_train_has_no_own_model(self, tmp_path):
+        """
+        A hospital without training patients still takes part in the comparison.
+        """
+        result = a_result()
+        result["comparison"]["rows"] = [r for r in result["comparison"]["rows"] if r["method"] != "local:site-3"]
+
+        row = a_page(tmp_path, result).table("sites")[2]
+
+        assert (row["Own model"], row["Gain over own"], row["Central model"]) == ("–", "–", "0.838")
+
+    def test_single_site_makes_a_page(self, tmp_path):
+        """
+        One hospital has nobody to be compared with elsewhere, and no row for all sites.
+        """
+        result = a_result()
+        result["sites"] = result["sites"][:1]
+        result["comparison"].update(
+            rows=[
+                {"method": method, "per_site": {"site-1": 0.86}, "mean": 0.86}
+                for method in ("federated", "central", "local:site-1")
+            ],
+            local_elsewhere=None,
+        )
+
+        page = a_page(tmp_path, result)
+
+        assert len(page.table("sites")) == 1
+        assert "1 hospital trained for 12 rounds; the shared model reaches a test Dice of 0.86." in page.text
 
     def test_hundred_sites_fit_on_one_page(self, tmp_path):
         """
@@ -451,7 +484,7 @@ class TestRunReport:
         """
         names = [f"site-{i}" for i in range(100)]
         result = a_result()
-        result["sites"] = [{"name": name, "scanner": "GE"} for name in names]
+        result["sites"] = [{**result["sites"][0], "name": name} for name in names]
         for one in result["rounds"]:
             one.update(replied=names, missing=[], refused=[], per_site={name: {"dice": 0.5} for name in names})
 
@@ -472,15 +505,15 @@ SHOWN = {"Test", "Own ", "Cent", "Gain", "Gap "}
 class TestDirection:
     def test_task_says_what_is_better(self, tmp_path):
         """
-        A metric's direction comes from the result, and a gain in the wrong direction is marked as poor.
+        A metric's direction comes from the result, and a gain below zero is marked as poor.
         """
         result = a_result()
-        result["metrics"] = {"dice": False}
+        result["metrics"]["hd95_mm"] = True
 
         page = a_page(tmp_path, result)
 
-        assert "Validation Dice lower is better" in page.text
-        assert page.source.count('<i class="poor"') == 4 + 1 + 1  # gains over own models, all sites, one gap
+        assert "test HD95 (mm) higher is better" in page.text
+        assert page.source.count('<i class="poor"') == 3 + 1  # gaps to central, all sites
 
 
 class TestPictures:
@@ -496,14 +529,14 @@ class TestPictures:
 
     def test_photograph_keeps_its_colours_and_shape(self, tmp_path):
         """
-        A colour photograph without a spacing is reduced, not distorted.
+        A colour photograph is reduced, not distorted.
         """
         rng = np.random.default_rng(0)
         disc = (np.hypot(*np.mgrid[-600:600, -800:800]) < 200).astype(np.uint8)
-        about = [{"site": "site-1", "scanner": "camera", "which": "best", "dice": 1.0, "pixel_mm": None}]
+        about = [{"site": "site-1", "scanner": "camera", "which": "best", "dice": 1.0, "pixel_mm": [1.0, 1.0]}]
         pictures = {"0/image": rng.random((1200, 1600, 3), dtype=np.float32), "0/truth": disc, "0/prediction": disc}
 
-        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array(json.dumps(about))})
+        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array([json.dumps(one) for one in about])})
 
         image = next(attributes for tag, attributes in page.tags if tag == "image")
         assert (image["width"], image["height"]) == ("400", "300.0")
@@ -513,27 +546,13 @@ class TestPictures:
         A pixel three times as tall as wide is shown so.
         """
         blank = np.zeros((20, 60), dtype=np.uint8)
-        about = [{"site": "site-1", "scanner": "GE", "which": "best", "dice": None, "pixel_mm": [3.0, 1.0]}]
+        about = [{"site": "site-1", "scanner": "GE", "which": "best", "dice": 0.0, "pixel_mm": [3.0, 1.0]}]
         pictures = {"0/image": np.eye(20, 60, dtype=np.float32), "0/truth": blank, "0/prediction": blank}
 
-        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array(json.dumps(about))})
+        page = a_page(tmp_path, a_result(), {**pictures, "meta": np.array([json.dumps(one) for one in about])})
 
         image = next(attributes for tag, attributes in page.tags if tag == "image")
         assert (image["width"], image["height"]) == ("60", "60.0")
-
-    @pytest.mark.parametrize("shape", ["one list", "one string each"])
-    def test_captions_are_read_from_either_shape(self, tmp_path, shape):
-        """
-        What is known of the pictures stands in one JSON list, or in one JSON object each.
-        """
-        pictures = some_pictures()
-        if shape == "one string each":
-            pictures["meta"] = np.array([json.dumps(one) for one in json.loads(str(pictures["meta"]))])
-
-        page = a_page(tmp_path, a_result(), pictures)
-
-        assert sum(tag == "image" for tag, _ in page.tags) == 12
-        assert "best 0.9" in page.text
 
     def test_spoilt_pictures_are_left_out_and_the_page_says_so(self, tmp_path):
         """
@@ -543,7 +562,7 @@ class TestPictures:
         whole = (tmp_path / "pictures.npz").read_bytes()
         (tmp_path / "pictures.npz").write_bytes(whole[: len(whole) // 2])
 
-        assert "pictures.npz cannot be read" in Page(write_report(tmp_path)).text
+        assert "no pictures.npz that can be read" in Page(write_report(tmp_path)).text
 
 
 @pytest.mark.parametrize("write", [write_report, write_experiment_report])
@@ -585,6 +604,17 @@ class TestExperimentReport:
         assert "1 of 2 claims held, over 3 seeds" in page.text
         assert "federad-sim experiment federated-against-local --out runs/fal" in page.text
 
+    def test_every_seed_of_a_claim_is_shown(self, tmp_path):
+        """
+        A mean over seeds does not hide what single seeds gave.
+        """
+        experiment = an_experiment()
+        experiment["claims"][0]["values"] = [0.0742, 0.0831, 0.092]
+
+        held, _ = Page(write_experiment_report(keep(tmp_path, experiment))).table("claims")
+
+        assert held["Measured"] == "0.0830.074, 0.083, 0.092"
+
     def test_quick_experiment_says_that_it_proves_nothing(self, tmp_path):
         """
         Nobody takes a quick run for evidence.
@@ -610,13 +640,15 @@ class TestExperimentReport:
             ["local", "own patients", "0.700", "0.010", "2"],
         ]
 
-    def test_experiment_in_progress_makes_a_page(self, tmp_path):
+    def test_hostile_name_stays_text(self, tmp_path):
         """
-        Partial results can be looked at while the rest is computed.
+        A name is shown as it is and becomes no part of the page's code.
         """
-        page = Page(write_experiment_report(keep(tmp_path, {"experiment": HOSTILE, "quick": False})))
+        experiment = json.loads(json.dumps(an_experiment()).replace("fedprox", HOSTILE))
 
-        assert "measured nothing yet" in page.text
+        page = Page(write_experiment_report(keep(tmp_path, {**experiment, "title": HOSTILE})))
+
+        assert HOSTILE in page.text
         assert "script" not in {tag for tag, _ in page.tags}
         assert close_tags_match(page.source)
 

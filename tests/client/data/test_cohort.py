@@ -107,28 +107,45 @@ class TestSplits:
         assert len(patient.studies) == 3
         assert list(patient.studies) == sorted(patient.studies)
 
-    def test_published_split_wins(self, tmp_path, build, plan, write_picture):
+    def test_published_split_wins(self, tmp_path, build, plan, secret, write_picture):
         """
-        Research data keeps the split its authors published; a site without validation patients is legal.
+        Research data keeps the split its authors published, here the opposite of what the hash would say; a site
+        without validation patients is legal.
         """
         folder = tmp_path / "site"
+        hashed = {f"subject{n}": split_of(secret, key_of(secret, f"subject{n}"), SplitTable()) for n in range(6)}
+        published = {subject: "test" if split == "train" else "train" for subject, split in hashed.items()}
         rows = ["site,id,subject,split"]
-        for n in range(8):
+        for n in range(12):
             write_picture(
                 folder / "images" / f"{n}.png", np.random.default_rng(n).integers(1, 255, (8, 9, 3), np.uint8)
             )
             write_picture(folder / "masks" / f"{n}.png", np.eye(8, 9, dtype=np.uint8) * 255)
-            rows.append(f"site,{n},subject{n // 2},{'train' if n < 6 else 'test'}")
+            rows.append(f"site,{n},subject{n // 2},{published[f'subject{n // 2}']}")
         (tmp_path / "index.csv").write_text("\n".join(rows))
         photographs = plan(modality="OP", channels=["red", "green", "blue"])
 
         cohort = build(folder, photographs)
 
-        assert [len(cohort.patients(split)) for split in SPLITS] == [3, 0, 1]
-        assert [len(p.studies) for p in cohort.patients("train")] == [2, 2, 2]
+        assert len(set(published.values())) == 2
+        for split in SPLITS:
+            expected = sorted(key_of(secret, subject) for subject, place in published.items() if place == split)
+            assert [patient.key for patient in cohort.patients(split)] == expected
+        assert {len(patient.studies) for patient in everyone(cohort)} == {2}
 
-        (tmp_path / "index.csv").write_text("\n".join([*rows[:-1], "site,7,subject3,train"]))
-        assert reasons(build(folder, photographs)) == {Reason.SPLITS_DISAGREE: 2}
+    def test_patient_with_two_published_splits_is_left_out(self, tmp_path, build, plan, write_picture):
+        """
+        One eye in train and one in test: no choice could be right, so both studies are counted as skipped.
+        """
+        for n in range(4):
+            write_picture(tmp_path / "site" / "images" / f"{n}.png", np.full((8, 9), 50 + n, np.uint8))
+            write_picture(tmp_path / "site" / "masks" / f"{n}.png", np.eye(8, 9, dtype=np.uint8))
+        (tmp_path / "index.csv").write_text("site,id,subject,split\nsite,0,a,train\nsite,1,a,test\nsite,2,b,test\n")
+
+        cohort = build(tmp_path / "site", plan(modality="OP"))
+
+        assert reasons(cohort) == {Reason.SPLITS_DISAGREE: 2}
+        assert len(studies(cohort)) == 2
 
 
 class TestVolumes:

@@ -1,0 +1,163 @@
+"""Drawings as SVG for inside a page, in the page's font and colours."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+N_COLOURS = 8
+"""Sites beyond this many share one grey: more colours than this cannot be told apart."""
+
+NAMES = ("ink", "muted", "line", "accent", "surface", "own", "central", *(f"site-{i}" for i in range(N_COLOURS)))
+INKS = {f"#0000{i:02x}": f"var(--{name})" for i, name in enumerate(NAMES, start=1)}
+"""Colours that matplotlib draws with, and the reader's colours that replace them in the SVG."""
+
+INK, MUTED, LINE, ACCENT, SURFACE, OWN, CENTRAL, *SITES = INKS
+
+WIDTH = 4.2
+"""Width of every drawing in inches: small, so that its letters stay legible on a phone."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9.5,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "lines.solid_capstyle": "round",
+    "lines.markeredgewidth": 0.9,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve over the rounds."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+    colour: str
+    is_bold: bool = False
+
+
+Mark = tuple[float, str, str, float]
+"""Value, matplotlib's letter for the shape, colour, size."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Marks on a bar, with a name at the left."""
+
+    name: str
+    marks: Sequence[Mark]
+    bar: tuple[float, float]
+
+
+def site_colour(index: int) -> str:
+    """The colour of a site, the same in every drawing and table."""
+    return SITES[index] if index < N_COLOURS else MUTED
+
+
+def curves(description: str, lines: Sequence[Line], *, ring: tuple[int, float] | None = None) -> Markup | None:
+    """Curves over the rounds, each with its name at its end, and a ring at one point; None without any point."""
+    lines = [line for line in lines if line.points]
+
+    def draw(axes: Any) -> None:
+        for line in lines:
+            style = {"linewidth": 2.4, "zorder": 4} if line.is_bold else {"linewidth": 1.1, "zorder": 3}
+            axes.plot(
+                *zip(*line.points, strict=True),
+                color=line.colour,
+                marker="o" if len(line.points) == 1 else None,
+                **style,
+            )
+        if ring:
+            axes.plot(*ring, "o", markersize=7, color=SURFACE, markeredgecolor=INK, markeredgewidth=1.8, zorder=6)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.margins(x=0.03, y=0.06)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel("round", labelpad=1)
+        _name_ends(axes, lines if len(lines) <= N_COLOURS + 1 else [line for line in lines if line.is_bold])
+
+    return _svg(description, 2.9, draw) if lines else None
+
+
+def rows(description: str, shown: Sequence[Row]) -> Markup:
+    """Marks on one row for each name; a last row called mean stands apart."""
+    n_lines = sum(1 + row.name.count("\n") for row in shown)
+
+    def draw(axes: Any) -> None:
+        for i, row in enumerate(shown):
+            axes.plot(row.bar, [i, i], color=LINE, linewidth=3.5, zorder=2)
+            for value, shape, colour, size in row.marks:
+                edge = colour if shape == "|" else SURFACE
+                axes.plot(value, i, shape, color=colour, markersize=size, markeredgecolor=edge, zorder=3)
+        axes.set_yticks(range(len(shown)), ["\n".join(map(_short, row.name.split("\n"))) for row in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.margins(x=0.06)
+        axes.grid(visible=False, axis="y")
+        if shown[-1].name == "mean":
+            axes.get_yticklabels()[-1].set_fontweight("bold")
+            axes.axhline(len(shown) - 1.5, color=LINE, linewidth=1)
+
+    return _svg(description, 0.5 + 0.16 * len(shown) + 0.18 * n_lines, draw)
+
+
+def _svg(description: str, height: float, draw: Callable[[Any], None]) -> Markup:
+    """What ``draw`` draws; ``description`` is its text for screen readers and keeps its identifiers apart from others'."""
+    buffer = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": description}), warnings.catch_warnings():
+        # Letters outside matplotlib's own font: the reader's browser has them, as text stays text in the SVG.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure.subplots())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # one page holds several drawings
+    for drawn, shown in INKS.items():
+        text = text.replace(drawn, shown)
+    opening = Markup('<svg role="img" aria-label="{}" ').format(description)
+    return opening + Markup(text.removeprefix("<svg "))  # noqa: S704  # matplotlib escapes the text that it draws
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else name[:25] + "…"
+
+
+def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
+    """Write each line's name beside its end, pushed apart where ends lie close."""
+    low, high = axes.get_ylim()
+    gap = 0.068 * (high - low)
+    lines = sorted(lines, key=lambda line: line.points[-1][1])
+    places: list[float] = []
+    for line in lines:
+        places.append(max(line.points[-1][1], places[-1] + gap if places else low))
+    for i, line in enumerate(lines):
+        y = min(places[i], high - gap / 2 - (len(lines) - 1 - i) * gap)
+        weight = "bold" if line.is_bold else "normal"
+        where = {"xycoords": ("axes fraction", "data"), "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(_short(line.name), (1, y), color=line.colour, fontweight=weight, **where)

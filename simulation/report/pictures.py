@@ -1,0 +1,104 @@
+"""Pictured patients: each one PNG with the outlines of reference and prediction as SVG paths."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contourpy import contour_generator
+from numpy.typing import NDArray
+from PIL import Image
+
+from simulation.report.words import figure
+
+LONGEST_SIDE = 512
+"""Pictures are reduced to at most this many pixels a side, so that a page of photographs can still be sent."""
+
+SMALLEST_WINDOW = 0.5
+"""Share of a picture's sides that is always shown, so that one still sees where one is."""
+
+MARGIN = 2.2
+"""Sides of the shown part over those of what is outlined, where that is more."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One slice or photograph with two outlines, ready for an SVG element; coordinates are image columns."""
+
+    scanner: str
+    which: str
+    value: str
+    png: str
+    width: int
+    height: float
+    window: tuple[float, ...]
+    """The part that is shown, as left, top, width and height."""
+    truth: str
+    prediction: str
+
+
+def pictures(folder: Path, metric: str) -> dict[str, list[Picture]]:
+    """The pictures of a finished run by site; none if ``pictures.npz`` is not there or spoilt."""
+    shown: dict[str, list[Picture]] = {}
+    try:
+        with np.load(folder / "pictures.npz", allow_pickle=False) as arrays:
+            for k, about in enumerate(json.loads(text) for text in arrays["meta"]):
+                shown.setdefault(about["site"], []).append(_picture(arrays, k, about, metric))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return {}
+    return shown
+
+
+def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any], metric: str) -> Picture:
+    image, truth, prediction = (arrays[f"{k}/{part}"] for part in ("image", "truth", "prediction"))
+    step = -(-max(image.shape[:2]) // LONGEST_SIDE)
+    reduced = Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).reduce(step)
+    truth, prediction = (mask[step // 2 :: step, step // 2 :: step] for mask in (truth, prediction))
+    y_mm, x_mm = about["pixel_mm"]
+    width, height = reduced.width, round(reduced.height * y_mm / x_mm, 2)
+    return Picture(
+        scanner=about["scanner"],
+        which=about["which"],
+        value=figure(about[metric]),
+        png=_png(reduced),
+        width=width,
+        height=height,
+        window=_window((truth > 0) | (prediction > 0), width, height),
+        truth=_outline(truth, y_mm / x_mm),
+        prediction=_outline(prediction, y_mm / x_mm),
+    )
+
+
+def _png(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _window(outlined: NDArray[np.bool_], width: int, height: float) -> tuple[float, ...]:
+    """The part of a picture around what is outlined, of the picture's own shape; all of it where nothing is."""
+    where = np.argwhere(outlined)
+    if not len(where):
+        return 0, 0, width, height
+    first, last = where.min(axis=0) / outlined.shape, (where.max(axis=0) + 1) / outlined.shape
+    share = min(1.0, max(SMALLEST_WINDOW, MARGIN * (last - first).max()))
+    y, x = np.clip((first + last - share) / 2, 0, 1 - share)
+    return tuple(round(float(v), 2) for v in (x * width, y * height, share * width, share * height))
+
+
+def _outline(label: NDArray[Any], stretch: float) -> str:
+    """The borders of all labels above zero as one SVG path."""
+    padded = np.pad(label, 1)  # so that an outline closes at the edge of the image
+    paths = []
+    for value in np.unique(label[label > 0]):
+        for line in contour_generator(z=(padded == value).astype(np.float32)).lines(0.5):
+            points = np.asarray(line) - 0.5  # pixel centres lie at one half; the padding moved them by one
+            paths.append("M" + "L".join(f"{x:.1f} {y * stretch:.1f}" for x, y in points) + "Z")
+    return "".join(paths)

@@ -1,0 +1,224 @@
+"""``result.json`` as typed objects, checked once when it is read; everything after that trusts them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared_models.errors import FederadError
+
+Metrics = dict[str, float]
+Patients = dict[Literal["train", "validation", "test"], int]
+Result = TypeVar("Result", bound=BaseModel)
+
+
+class Part(BaseModel):
+    """A part of a result; numbers in it are finite."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class Site(Part):
+    """What one site brought."""
+
+    name: str
+    scanner: str
+    patients: Patients
+    """Number of patients in each split."""
+
+    skipped: dict[str, int]
+    """Number of files that were not used, for each reason."""
+
+
+class Round(Part):
+    """One exchange with the sites."""
+
+    round: int
+    seconds: float
+    replied: tuple[str, ...]
+    refused: tuple[dict[Literal["site", "reason"], str], ...]
+    missing: tuple[str, ...]
+    training_loss: float | None
+    validation: Metrics | None
+    per_site: dict[str, Metrics]
+
+
+class Tested(Part):
+    """Test metrics: means over all patients, one field each, beside every site's own; sites without any are left out."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: Metrics
+    per_site: dict[str, Metrics]
+
+    @property
+    def mean(self) -> Metrics:
+        """Means over patients."""
+        return self.__pydantic_extra__
+
+
+class Ways(NamedTuple):
+    """The headline metric of four ways to train, on the same test patients; None where a way was not taken."""
+
+    shared: float | None
+    own: float | None
+    elsewhere: float | None
+    """Mean of the other hospitals' own models."""
+
+    central: float | None
+
+    def gain(self, over: float | None) -> float | None:
+        """How far the shared model is above another way."""
+        return None if self.shared is None or over is None else self.shared - over
+
+
+class Method(Part):
+    """One model, measured everywhere."""
+
+    method: str
+    per_site: Metrics
+    mean: float
+    """Mean over sites, each counting the same."""
+
+
+class Comparison(Part):
+    """The shared model beside a central one and each hospital's own."""
+
+    rows: tuple[Method, ...]
+    local_own: float | None
+    local_elsewhere: float | None
+
+    @property
+    def by_method(self) -> dict[str, Method]:
+        """The models by name: ``federated``, ``central``, and ``local:SITE`` for each hospital that could train."""
+        return {row.method: row for row in self.rows}
+
+    @property
+    def mean(self) -> Ways:
+        """Means over sites."""
+        rows = self.by_method
+        return Ways(rows["federated"].mean, self.local_own, self.local_elsewhere, rows["central"].mean)
+
+    def at(self, site: str) -> Ways:
+        """On the test patients of one site."""
+        values = {row.method: row.per_site.get(site) for row in self.rows}
+        shared, central, own = values.pop("federated"), values.pop("central"), values.pop(f"local:{site}", None)
+        others = [v for v in values.values() if v is not None]
+        return Ways(shared, own, sum(others) / len(others) if others else None, central)
+
+
+class Budget(Part):
+    """What one site spent of its privacy budget."""
+
+    unit: str
+    epsilon: float
+    delta: float
+
+
+class Run(Part):
+    """What ``federad-sim run`` writes."""
+
+    plan: str
+    plan_sha256: str
+    task: str
+    headline: str
+    """The metric that chooses the best model; larger is better."""
+
+    metrics: dict[str, bool]
+    """Name of each metric, and whether larger is better."""
+
+    engine: str
+    workers: int
+    seed: int
+    command: str
+    sites: tuple[Site, ...]
+    rounds: tuple[Round, ...]
+    test: Tested | None
+    comparison: Comparison | None
+    privacy: dict[str, Budget] | None
+    versions: dict[str, str]
+    started: datetime
+    seconds: float
+    status: Literal["finished", "paused", "stopped", "failed"]
+    message: str | None = None
+    """Why the run did not finish."""
+
+    best_round: int | None = None
+    released: Literal["best", "last"] | None = None
+    weights_sha256: str | None
+    released_sha256: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The sites."""
+        return [site.name for site in self.sites]
+
+    @property
+    def patients(self) -> Patients:
+        """The patients of all sites."""
+        splits: Patients = {"train": 0, "validation": 0, "test": 0}
+        return {split: sum(site.patients[split] for site in self.sites) for split in splits}
+
+    @property
+    def best_validation(self) -> float | None:
+        """The headline metric on validation patients after the best round."""
+        return max((r.validation[self.headline] for r in self.rounds if r.validation), default=None)
+
+
+class Measured(Part):
+    """A line of an experiment's table: mean and standard deviation over seeds."""
+
+    method: str
+    metric: str
+    split: str
+    mean: float
+    sd: float
+    values: tuple[float, ...]
+
+
+class Claim(Part):
+    """What an experiment set out to show, and whether it did."""
+
+    claim: str
+    value: float
+    values: tuple[float, ...]
+    expected: float
+    holds: bool
+    id: str
+
+
+class Experiment(Part):
+    """What ``federad-sim experiment`` writes."""
+
+    experiment: str
+    title: str
+    plan_sha256: str
+    quick: bool
+    seeds: tuple[int, ...]
+    rows: tuple[Measured, ...]
+    claims: tuple[Claim, ...]
+    command: str
+    seconds: float
+
+
+def read(kind: type[Result], folder: Path) -> Result:
+    """``result.json`` of a folder; R231 if there is none or it is something else."""
+    try:
+        return kind.model_validate_json((folder / "result.json").read_bytes())
+    except OSError as error:
+        happened = f"There is no result.json that can be read in {folder} ({type(error).__name__})."
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        happened = f"{folder / 'result.json'} is not a result: {where}: {first['msg'][0].lower()}{first['msg'][1:]}."
+    raise FederadError(
+        "R231",
+        happened=happened,
+        because="The report is written from result.json alone, so that it can say nothing else.",
+        remedies=(
+            "give the folder that was named with --out",
+            "or run the plan again: federad-sim run PLAN.toml --out DIR",
+        ),
+    )

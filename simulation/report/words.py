@@ -1,0 +1,95 @@
+"""Numbers as they are printed, and the sentences of a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from simulation.report.results import Run
+
+METRICS = {
+    "dice": ("Dice", "Dice is the overlap of outline and reference: 0 none, 1 perfect."),
+    "hd95_mm": ("HD95 (mm)", "HD95 is the distance from the reference that 95 % of the outline keep within."),
+}
+"""Each metric's name in a heading and what it says; any other is shown with its underscores as spaces."""
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+
+def figures(values: Iterable[float | None], *, signed: bool = False) -> list[str]:
+    """Numbers that stand together, with a true minus and enough decimals for three digits of the largest."""
+    values = list(values)
+    largest = max((abs(v) for v in values if v is not None), default=0.0)
+    decimals = 3 if largest <= 1 else 2 if largest < 10 else 1 if largest < 100 else 0
+    return [NOTHING if v is None else f"{v:{'+' if signed else ''}.{decimals}f}".replace("-", "−") for v in values]
+
+
+def figure(value: float | None, *, signed: bool = False) -> str:
+    """A number to three digits."""
+    return figures([value], signed=signed)[0]
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is called in a heading."""
+    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
+
+
+def meanings(metrics: Iterable[str]) -> str:
+    """What metrics say, for a reader who meets them here for the first time."""
+    return " ".join(METRICS[metric][1] for metric in metrics if metric in METRICS)
+
+
+def duration(seconds: float) -> str:
+    """A time span in the two units that matter."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def counted(n: int, word: str, plural: str = "") -> str:
+    """A number with its noun."""
+    return f"{n:,} {word if n == 1 else plural or word + 's'}".replace(",", "\u2009")
+
+
+def summary(run: Run) -> str:
+    """The whole run in one sentence of plain words."""
+    hospitals = counted(len(run.sites), "hospital")
+    if not run.rounds:
+        return f"{hospitals} took part, and no round was completed."
+    together = " together" if len(run.sites) > 1 else ""
+    rounds = counted(len(run.rounds), "round")
+    if run.status == "finished":
+        parts = [f"{hospitals} trained{together} for {rounds}"]
+    else:
+        verb = "paused" if run.status == "paused" else "ended early"
+        parts = [f"{hospitals} trained{together}; the run {verb} after {rounds}"]
+    means = run.comparison.mean if run.comparison else None
+    reached = means.shared if means else run.test.mean[run.headline] if run.test else None
+    if reached is None:
+        parts.append("the shared model was not measured on test patients")
+    else:
+        parts.append(f"the shared model reaches a test {metric_name(run.headline)} of {reached:.2f}")
+    if means and means.own is not None and means.elsewhere is not None:
+        parts.append(f"the hospitals' own models reach {means.own:.2f} at home and {means.elsewhere:.2f} elsewhere")
+    return "; ".join(parts) + "."
+
+
+def absences(run: Run) -> str:
+    """Who did not reply, in one sentence."""
+    missing = [site for r in run.rounds for site in r.missing]
+    refused = [refusal["site"] for r in run.rounds for refusal in r.refused]
+    words = []
+    if missing:
+        words.append(f"{counted(len(missing), 'reply', 'replies')} did not arrive in time ({_names(missing)})")
+    if refused:
+        words.append(f"{counted(len(refused), 'reply was', 'replies were')} refused ({_names(refused)})")
+    if not words:
+        return "Every hospital replied in every round, and every reply was accepted."
+    return "; ".join(words) + ". The other hospitals' rounds went on without them."
+
+
+def _names(sites: Iterable[str]) -> str:
+    *others, last = sorted(set(sites))
+    return f"{', '.join(others)} and {last}" if others else last

@@ -1,0 +1,134 @@
+"""The one door: what is not listed, named and whole stays inside."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from client.gate import Gate, Kind, Release
+from shared_models.errors import FederadError
+from shared_models.messages import Answer, Question, Refusal, decode_answer
+from shared_models.weights import decode
+
+QUESTION = Question("run-1", 2, "train", "c" * 64, "a" * 64)
+VALUES = {
+    "update": {"w": np.array([0.5, -1.0], np.float32)},
+    "metric": {"dice": 0.75, "training_loss": 0.5},
+    "count": {"trained": 3, "measured": 1},
+}
+
+
+@pytest.fixture
+def gate():
+    """The door of a site called site-1."""
+    return Gate("site-1")
+
+
+class TestRelease:
+    def test_listed_kinds_leave_as_they_are(self, gate):
+        """
+        An update, metrics and counts arrive at the other side with the question they answer, and nothing more does.
+        """
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]))
+
+        assert (answer.site, answer.question, answer.refusal) == ("site-1", QUESTION, None)
+        assert answer.update["w"].tolist() == [0.5, -1.0]
+        assert (answer.metrics, answer.counts) == (VALUES["metric"], VALUES["count"])
+
+    def test_list_of_kinds_is_the_one_that_was_agreed(self):
+        """
+        A new kind of release is a decision: it changes this list, and the answer has a field for each and no other.
+        """
+        assert get_args(Kind) == ("update", "metric", "count")
+        assert [field.name for field in fields(Answer)] == [
+            "site",
+            "question",
+            "refusal",
+            "update",
+            "metrics",
+            "counts",
+        ]
+
+    @pytest.mark.parametrize("kind", get_args(Kind))
+    def test_kind_alone_brings_nothing_else_along(self, gate, kind):
+        """
+        What was not released is empty on the other side.
+        """
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]))
+        left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts}
+
+        assert {name for name, value in left.items() if value} == {kind}
+
+    @pytest.mark.parametrize("kind", ["scanner", "patient", "fingerprint", "", "Update", None])
+    def test_unlisted_kind_is_stopped(self, gate, kind):
+        """
+        A release of a kind nobody agreed on is stopped with C147, whatever it holds.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.release(QUESTION, [Release(kind, {"x": 1.0})])
+
+    def test_kind_that_comes_twice_is_stopped(self, gate):
+        """
+        Two updates in one answer would be two releases for the price of one.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.release(QUESTION, [Release("metric", {"dice": 0.5}), Release("metric", {"dice": 0.6})])
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("kind", get_args(Kind))
+    def test_value_that_is_not_finite_is_stopped(self, gate, kind, bad):
+        """
+        NaN and infinity never leave, in an update, a metric or a count.
+        """
+        value = np.array([1.0, bad], np.float32) if kind == "update" else bad
+
+        with pytest.raises(FederadError, match="C147"):
+            gate.release(QUESTION, [Release(kind, {"good": 1.0, "bad": value})])
+
+    def test_value_that_float32_cannot_hold_is_stopped(self, gate):
+        """
+        A number that becomes infinite on the wire is not finite.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.release(QUESTION, [Release("update", {"w": np.array([1e300])})])
+
+    def test_reason_for_stopping_names_no_value(self, gate):
+        """
+        The message says which kind was stopped, and not the names and numbers in it.
+        """
+        with pytest.raises(FederadError) as error:
+            gate.release(QUESTION, [Release("metric", {"Jane Doe": float("nan"), "age": 41.5})])
+
+        assert "metric" in str(error.value)
+        assert "Jane" not in str(error.value)
+        assert "41.5" not in str(error.value)
+
+
+class TestRefuse:
+    @pytest.mark.parametrize("word", get_args(Refusal))
+    @pytest.mark.parametrize("question", [QUESTION, None], ids=["question", "unreadable question"])
+    def test_refusal_carries_the_word_and_nothing_else(self, gate, question, word):
+        """
+        A site that says no gives one word from the closed list: no arrays, no numbers, no text.
+        """
+        weights, header = decode(gate.refuse(question, word))
+
+        assert weights == {}
+        assert json.loads(header) == {
+            "site": "site-1",
+            "question": None if question is None else vars(question),
+            "refusal": word,
+            "metrics": {},
+            "counts": {},
+        }
+
+    def test_word_that_is_not_on_the_list_is_stopped(self, gate):
+        """
+        The reason of a refusal cannot carry text out of the building.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.refuse(QUESTION, "no scan of Jane Doe")

@@ -1,0 +1,130 @@
+"""What a hospital decides for itself, and how it hears of a mistake."""
+
+from __future__ import annotations
+
+import laws
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from client.site import FILE, SiteConfig
+from shared_models.errors import FederadError
+
+GOOD = 'name = "site-1"\ndata = "/data"\n'
+
+folders = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=30).map("/data/{}".format)
+
+
+class TestLoad:
+    def test_file_is_read_with_its_default(self, tmp_path):
+        """
+        A site names itself and its data; the device is chosen for it unless it says otherwise.
+        """
+        (tmp_path / FILE).write_text(GOOD)
+
+        assert SiteConfig.load(tmp_path) == SiteConfig(name="site-1", data="/data", device="auto")
+
+    @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1"])
+    def test_devices_that_exist_are_taken(self, tmp_path, device):
+        """
+        The processor, a GPU, a certain GPU, or whichever there is.
+        """
+        (tmp_path / FILE).write_text(f'{GOOD}device = "{device}"\n')
+
+        assert SiteConfig.load(tmp_path).device == device
+
+    @pytest.mark.parametrize(
+        ("text", "key"),
+        [
+            ('data = "/data"', "name"),
+            ('name = "site-1"', "data"),
+            ('name = "two words"\ndata = "/data"', "name"),
+            ('name = "-dash"\ndata = "/data"', "name"),
+            ('name = "../up"\ndata = "/data"', "name"),
+            ('name = ""\ndata = "/data"', "name"),
+            (f'name = "{"x" * 64}"\ndata = "/data"', "name"),
+            ('name = 7\ndata = "/data"', "name"),
+            ('name = "site-1"\ndata = 7', "data"),
+            (f'{GOOD}device = "gpu"', "device"),
+            (f"{GOOD}device = 0", "device"),
+            (f'{GOOD}dvice = "cpu"', "dvice"),
+            (f"{GOOD}[policy]\nepsilon = 1", "policy"),
+        ],
+    )
+    def test_mistake_is_c146_with_its_key(self, tmp_path, text, key):
+        """
+        A key that is missing, unknown or impossible is named, with the file and the keys there are.
+        """
+        (tmp_path / FILE).write_text(text)
+
+        with pytest.raises(FederadError) as error:
+            SiteConfig.load(tmp_path)
+        assert error.value.code == "C146"
+        assert f": {key}: " in error.value.happened
+        assert str(tmp_path / FILE) in error.value.happened
+        assert "name, data, device" in error.value.remedies[1]
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"name = ",
+            b"\xff\xfe",
+            b"",
+            b'name = "a"\nname = "b"',
+            b'name = 2024-01-01\ndata = "/data"',
+            b"name = " + b"[" * 20_000,
+        ],
+        ids=["half a line", "no text", "nothing", "a key twice", "a date", "brackets"],
+    )
+    def test_file_that_cannot_be_used_is_c146(self, tmp_path, content):
+        """
+        Whatever the file holds, its reader gets a numbered error and no traceback.
+        """
+        (tmp_path / FILE).write_bytes(content)
+
+        with pytest.raises(FederadError, match="C146"):
+            SiteConfig.load(tmp_path)
+
+    def test_missing_file_and_folder_are_c146(self, tmp_path):
+        """
+        A station that was never set up is told so.
+        """
+        (tmp_path / "taken" / FILE).mkdir(parents=True)
+
+        for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "taken"):
+            with pytest.raises(FederadError, match="C146"):
+                SiteConfig.load(folder)
+
+
+class TestSave:
+    @laws.SAME_EXAMPLES
+    @given(folders, st.sampled_from(["auto", "cpu", "cuda:3"]))
+    def test_what_is_saved_is_loaded(self, tmp_path_factory, data, device):
+        """
+        Any folder name survives, with quotes, line breaks, umlauts and signs of any script.
+        """
+        folder = tmp_path_factory.mktemp("site")
+        config = SiteConfig(name="site-1", data=data, device=device)
+        config.save(folder)
+
+        assert SiteConfig.load(folder) == config
+
+    @pytest.mark.parametrize("data", ["/Träger/MR", 'a"b\\c', "two\nlines\ttabs", "/data/\U0001f9e0", "/data/\x7f"])
+    def test_odd_folders_survive(self, tmp_path, data):
+        """
+        A few that were typed on purpose.
+        """
+        SiteConfig(name="site-1", data=data).save(tmp_path)
+
+        assert SiteConfig.load(tmp_path).data == data
+
+
+def test_configuration_is_frozen():
+    """
+    What the hospital decided cannot be changed while the station runs.
+    """
+    config = SiteConfig(name="site-1", data="/data")
+
+    with pytest.raises(ValidationError, match="frozen"):
+        config.device = "cpu"
