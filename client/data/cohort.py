@@ -6,7 +6,7 @@ Written once per way of looking at the data (:func:`cohort_key`), then only read
     folder/volumes/<entry>/image.npy       float32 (channel, z, y, x)
                           /label.npy       uint8 (z, y, x)
                           /foreground.npy  int32 (n, 3)
-                          /entry.json      spacing [mm]
+                          /entry.json      spacing [mm], sizes of the arrays
 
 An entry's name is a hash over the study, the cohort key and the size and time of the study's files: an entry that exists
 is complete and current, and is never decoded again. Nothing is ever pickled.
@@ -207,12 +207,13 @@ class _Builder:
         channels, label = chosen_series(study, self._plan)
         name = self._entry_name(study.key, [*channels, label])
         path = self._folder / "volumes" / name
-        if not path.is_dir():
+        spacing_mm = _kept_spacing(path)
+        if spacing_mm is None:
             volume = prepare(self._read(channels, label), self._plan.data)
             with replacing(path) as partial:
                 _write_entry(partial, volume)
-        z_mm, y_mm, x_mm = json.loads((path / "entry.json").read_text(encoding="utf-8"))["spacing_mm"]
-        return name, (z_mm, y_mm, x_mm)
+            spacing_mm = volume.spacing_mm
+        return name, spacing_mm
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -321,7 +322,22 @@ def _write_entry(folder: Path, volume: Volume) -> None:
     np.save(folder / "image.npy", volume.image, allow_pickle=False)
     np.save(folder / "label.npy", volume.label, allow_pickle=False)
     np.save(folder / "foreground.npy", volume.foreground, allow_pickle=False)
-    (folder / "entry.json").write_text(json.dumps({"spacing_mm": volume.spacing_mm}), encoding="utf-8")
+    about = {"spacing_mm": volume.spacing_mm, "bytes": _array_bytes(folder)}
+    (folder / "entry.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _kept_spacing(folder: Path) -> tuple[float, float, float] | None:
+    """Spacing of an entry in the cache; None if it is not there, or lost bytes when the power failed."""
+    try:
+        about = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+        z_mm, y_mm, x_mm = about["spacing_mm"]
+        return (z_mm, y_mm, x_mm) if about["bytes"] == _array_bytes(folder) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _array_bytes(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
 
 
 def _as_json(plan: Plan, prepared: list[_Prepared], skipped: list[Skipped]) -> dict[str, Any]:

@@ -29,10 +29,7 @@ ORIENTATION_TOLERANCE = 1e-3
 """Largest difference between direction cosines that count as equal; headers round them to about six digits."""
 
 PLACE_TOLERANCE = 0.1
-"""Largest error of a position, as a share of the spacing."""
-
-GAP_TOLERANCE = 0.01
-"""Largest deviation of a slice from an even spacing, as a share of the spacing."""
+"""Largest distance of a slice or frame from where it should be, as a share of the spacing."""
 
 _LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")
 """Label Map Segmentation Storage (PS3.4, B.5): one value per voxel instead of one frame per segment."""
@@ -45,6 +42,18 @@ _HEADER = [
     *("Manufacturer", "ManufacturerModelName", "MagneticFieldStrength", "ReferencedSeriesSequence"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", *_GEOMETRY),
 ]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A series as a volume that still knows its slices."""
+
+    scan: Scan
+    uids: tuple[str, ...]
+    """SOP Instance UID of each slice; never stored."""
+
+    positions: NDArray[np.float64]
+    """Image Position (Patient) of each slice [mm, LPS], ``(slice, 3)``."""
 
 
 def inspect(path: Path, size: int, secret: bytes) -> Facts:
@@ -74,7 +83,7 @@ def inspect(path: Path, size: int, secret: bytes) -> Facts:
         return _facts(header, n_bytes_left, secret)
 
 
-def read_series(paths: Sequence[Path], *, even: bool) -> Series3D:
+def read_series(paths: Sequence[Path], *, even: bool) -> Stack:
     """One series as a volume, slices sorted along their normal.
 
     Parameters
@@ -86,7 +95,7 @@ def read_series(paths: Sequence[Path], *, even: bool) -> Series3D:
 
     Returns
     -------
-    Series3D
+    Stack
         Rescaled intensities ``(1, slice, row, column)`` with the affine to patient coordinates [mm], and the UIDs of the
         slices. Slices run along the cross product of row and column direction.
 
@@ -96,31 +105,19 @@ def read_series(paths: Sequence[Path], *, even: bool) -> Series3D:
         If a file cannot be decoded, or the slices do not form one regular stack.
     """
     with unusable(Reason.PIXELS):
-        slices = [pydicom.dcmread(path) for path in paths]
+        read = [pydicom.dcmread(path) for path in paths]
     with unusable(Reason.BAD_GEOMETRY):
-        stack = sorted(slices, key=lambda s: float(_normal(slices[0]) @ _vector(s.ImagePositionPatient)))
-        affine = _affine(stack, even=even)
-    image = np.empty((1, len(stack), int(stack[0].Rows), int(stack[0].Columns)), dtype=np.float32)
-    for k, one in enumerate(stack):
+        slices = sorted(read, key=lambda one: float(_normal(read[0]) @ _vector(one.ImagePositionPatient)))
+        affine = _affine(slices, even=even)
+    image = np.empty((1, len(slices), int(slices[0].Rows), int(slices[0].Columns)), dtype=np.float32)
+    for k, one in enumerate(slices):
         with unusable(Reason.PIXELS):
             image[0, k] = _intensities(one)
-    positions = np.array([_vector(s.ImagePositionPatient) for s in stack])
-    return Series3D(Scan(image, affine), tuple(str(s.SOPInstanceUID) for s in stack), positions)
+    positions = np.array([_vector(s.ImagePositionPatient) for s in slices])
+    return Stack(Scan(image, affine), tuple(str(s.SOPInstanceUID) for s in slices), positions)
 
 
-@dataclass(frozen=True)
-class Series3D:
-    """A volume that still knows its slices."""
-
-    scan: Scan
-    uids: tuple[str, ...]
-    """SOP Instance UID of each slice; never stored."""
-
-    positions: NDArray[np.float64]
-    """Image Position (Patient) of each slice [mm, LPS], ``(slice, 3)``."""
-
-
-def read_segmentation(path: Path, series: Series3D, labels: Sequence[str]) -> NDArray[np.uint8]:
+def read_segmentation(path: Path, series: Stack, labels: Sequence[str]) -> NDArray[np.uint8]:
     """A DICOM segmentation laid on the slices of a series.
 
     Segments are matched with ``labels`` by Segment Label (0062,0005), whatever the case; other segments are background,
@@ -161,7 +158,7 @@ def read_segmentation(path: Path, series: Series3D, labels: Sequence[str]) -> ND
         return _laid_on(seg, series, wanted)
 
 
-def _laid_on(seg: Dataset, series: Series3D, wanted: dict[int, int]) -> NDArray[np.uint8]:
+def _laid_on(seg: Dataset, series: Stack, wanted: dict[int, int]) -> NDArray[np.uint8]:
     label = np.zeros(series.scan.shape, dtype=np.uint8)
     n_placed = 0
     for frame, pixels in zip(seg.PerFrameFunctionalGroupsSequence, _frames(seg), strict=True):
@@ -207,7 +204,7 @@ def _group(frame: Dataset, seg: Dataset, name: str) -> Any:
     return None
 
 
-def _slice_of(frame: Dataset, seg: Dataset, series: Series3D) -> int | None:
+def _slice_of(frame: Dataset, seg: Dataset, series: Stack) -> int | None:
     """Index of the slice that a frame lies on; None if it lies on a slice that is not there."""
     place = _group(frame, seg, "PlanePositionSequence")
     position = None if place is None else _vector(place.ImagePositionPatient)
@@ -224,7 +221,7 @@ def _slice_of(frame: Dataset, seg: Dataset, series: Series3D) -> int | None:
     return k
 
 
-def _named_slice(frame: Dataset, seg: Dataset, series: Series3D) -> int | None:
+def _named_slice(frame: Dataset, seg: Dataset, series: Stack) -> int | None:
     derivation = _group(frame, seg, "DerivationImageSequence")
     for source in derivation.get("SourceImageSequence", []) if derivation is not None else []:
         if source.ReferencedSOPInstanceUID in series.uids:
@@ -232,72 +229,69 @@ def _named_slice(frame: Dataset, seg: Dataset, series: Series3D) -> int | None:
     return None
 
 
-def _near(position: NDArray[np.float64], k: int, series: Series3D) -> bool:
+def _near(position: NDArray[np.float64], k: int, series: Stack) -> bool:
     tolerance_mm = PLACE_TOLERANCE * _spacings(series).min()
     return bool(np.abs(series.positions[k] - position).max() <= tolerance_mm)
 
 
-def _parallel(orientation: NDArray[np.float64], series: Series3D) -> bool:
+def _parallel(orientation: NDArray[np.float64], series: Stack) -> bool:
     affine = _affine_of(series)
     directions = affine[:3, :2] / np.linalg.norm(affine[:3, :2], axis=0)
     return bool(np.abs(orientation - directions.T.ravel()).max() <= ORIENTATION_TOLERANCE)
 
 
-def _spacings(series: Series3D) -> NDArray[np.float64]:
+def _spacings(series: Stack) -> NDArray[np.float64]:
     return np.asarray(np.linalg.norm(_affine_of(series)[:3, :3], axis=0))
 
 
-def _affine_of(series: Series3D) -> NDArray[np.float64]:
+def _affine_of(series: Stack) -> NDArray[np.float64]:
     if series.scan.affine is None:
         raise ValueError("a DICOM series always has an affine")
     return series.scan.affine
 
 
-def _affine(stack: Sequence[Dataset], *, even: bool) -> NDArray[np.float64]:
+def _affine(slices: Sequence[Dataset], *, even: bool) -> NDArray[np.float64]:
     """Index (column, row, slice) to LPS mm for sorted slices (PS3.3, C.7.6.2.1.1), after checking that they are a stack."""
-    first = stack[0]
-    _check_alike(stack)
+    first = slices[0]
+    _check_alike(slices)
     orientation, spacing = _vector(first.ImageOrientationPatient), _vector(first.PixelSpacing)
+    if np.abs(np.linalg.norm(orientation.reshape(2, 3), axis=1) - 1).max() > ORIENTATION_TOLERANCE:
+        raise UnusableError(Reason.BAD_GEOMETRY)
     affine = np.eye(4)
     affine[:3, 0] = orientation[:3] * spacing[1]
     affine[:3, 1] = orientation[3:] * spacing[0]
-    affine[:3, 2] = _slice_step(stack, even=even)
+    affine[:3, 2] = _slice_step(slices, even=even)
     affine[:3, 3] = _vector(first.ImagePositionPatient)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
         raise UnusableError(Reason.BAD_GEOMETRY)
     return affine
 
 
-def _check_alike(stack: Sequence[Dataset]) -> None:
-    first = stack[0]
-    for one in stack[1:]:
+def _check_alike(slices: Sequence[Dataset]) -> None:
+    first = slices[0]
+    for one in slices[1:]:
         turned = np.abs(_vector(one.ImageOrientationPatient) - _vector(first.ImageOrientationPatient)).max()
         resized = np.abs(_vector(one.PixelSpacing) / _vector(first.PixelSpacing) - 1).max()
         if (one.Rows, one.Columns) != (first.Rows, first.Columns) or max(turned, resized) > ORIENTATION_TOLERANCE:
             raise UnusableError(Reason.SLICES_DIFFER)
 
 
-def _slice_step(stack: Sequence[Dataset], *, even: bool) -> NDArray[np.float64]:
-    """The way from one slice to the next [mm, LPS]: along the normal, by the median distance."""
-    normal = _normal(stack[0])
-    if len(stack) == 1:
-        return normal * float(stack[0].get("SliceThickness") or 1.0)
-    positions = np.array([_vector(s.ImagePositionPatient) for s in stack])
-    gaps = np.diff(positions @ normal)
-    gap = float(np.median(gaps))
-    if gaps.min() <= GAP_TOLERANCE * gap or gap <= 0:
+def _slice_step(slices: Sequence[Dataset], *, even: bool) -> NDArray[np.float64]:
+    """The way from one slice to the next [mm, LPS]: along the normal, by the mean distance, or the median if some miss."""
+    normal = _normal(slices[0])
+    if len(slices) == 1:
+        return normal * float(slices[0].get("SliceThickness") or 1.0)
+    positions = np.array([_vector(s.ImagePositionPatient) for s in slices])
+    along = (positions - positions[0]) @ normal
+    aside = positions - positions[0] - np.outer(along, normal)
+    gaps = np.diff(along)
+    if gaps.min() <= PLACE_TOLERANCE * np.median(gaps):
         raise UnusableError(Reason.DUPLICATE_SLICES)
-    from_first = positions - positions[0]
-    aside = from_first - np.outer(from_first @ normal, normal)
-    if np.abs(aside).max() > PLACE_TOLERANCE * float(min(stack[0].PixelSpacing)):
+    if np.abs(aside).max() > PLACE_TOLERANCE * float(min(slices[0].PixelSpacing)):
         raise UnusableError(Reason.BAD_GEOMETRY)
-    if even:
-        step = float(gaps.mean())
-        if np.abs(from_first @ normal - step * np.arange(len(stack))).max() > GAP_TOLERANCE * len(stack) * step or (
-            np.abs(gaps - step).max() > PLACE_TOLERANCE * step
-        ):
-            raise UnusableError(Reason.UNEVEN_SLICES)
-        return normal * step
+    gap = float(gaps.mean() if even else np.median(gaps))
+    if even and np.abs(along - gap * np.arange(len(slices))).max() > PLACE_TOLERANCE * gap:
+        raise UnusableError(Reason.UNEVEN_SLICES)
     return normal * gap
 
 

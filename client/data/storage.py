@@ -31,6 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
         yield partial
+        if path.is_dir():
+            rmtree(path)
         partial.replace(path)
     except (OSError, sqlite3.OperationalError) as error:
         with suppress(OSError):

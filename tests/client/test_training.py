@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.training import Trainer, build_optimizer, choose_device, mean_metrics, resident_trainer
+from client.training import Trainer, build_optimizer, choose_device, learning_rate, mean_metrics, resident_trainer
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.volume import Volume
@@ -213,10 +213,40 @@ class TestSteps:
         Each optimiser comes with the plan's learning rate and weight decay.
         """
         plan = plan_with({"optimizer": name, "learning_rate": 0.25, "weight_decay": 0.125})
-        optimizer = build_optimizer(plan, torch.nn.Linear(2, 2))
+        optimizer = build_optimizer(plan, torch.nn.Linear(2, 2), 1)
 
         assert type(optimizer) is kind
         assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.25, 0.125)
+
+    def test_rate_falls_along_half_a_cosine_over_the_rounds(self):
+        """
+        With schedule = "cosine" the rate starts at the plan's, is half of it in the middle and near nothing at the end.
+        """
+        plan = plan_with({"schedule": "cosine", "learning_rate": 0.5})
+        plan = plan.model_copy(update={"rounds": 100})
+        rates = [learning_rate(plan, round_) for round_ in range(1, 101)]
+
+        assert rates[0] == 0.5
+        assert rates[50] == pytest.approx(0.25)
+        assert 0 < rates[-1] < 0.5 / 1000
+        assert rates == sorted(rates, reverse=True)
+        assert build_optimizer(plan, torch.nn.Linear(2, 2), 51).param_groups[0]["lr"] == rates[50]
+
+    def test_constant_rate_is_that_of_the_plan_in_every_round(self):
+        """
+        Without a schedule the last round trains like the first.
+        """
+        assert {learning_rate(plan_with(), round_) for round_ in (1, 2, 1000)} == {0.01}
+
+    def test_later_round_of_a_schedule_takes_smaller_steps(self):
+        """
+        The schedule reaches the training itself: with the same samples a late step is as much shorter as its rate.
+        """
+        plan = whole_volume_plan(schedule="cosine").model_copy(update={"rounds": 4})
+        cohort = cohort_of(plan)
+        first, third = trained(plan, cohort).update, trained(plan, cohort, round_=3).update
+
+        assert distance(third) == pytest.approx(0.5 * distance(first), rel=1e-3)
 
     @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
     def test_loss_falls_over_thirty_steps(self, optimizer):

@@ -123,6 +123,24 @@ class TestSeries:
 
         assert error.value.reason is reason
 
+    @pytest.mark.parametrize(
+        "tags",
+        [
+            {"orientation": (2, 0, 0, 0, 1, 0)},
+            {"orientation": (1, 0, 0, 1, 0, 0)},
+            {"spacing": (4.0, 0.0, 1.0)},
+            {"orientation": (0, 0, 0, 0, 0, 0)},
+        ],
+    )
+    def test_impossible_geometry_is_refused(self, tmp_path, write_series, tags):
+        """
+        Directions that are no directions, pixels without a size.
+        """
+        with pytest.raises(UnusableError) as error:
+            scan_of(write_series(tmp_path, np.ones((1, 4, 4)), **tags))
+
+        assert error.value.reason is Reason.BAD_GEOMETRY
+
     def test_missing_slice_matters_in_three_dimensions_only(self, tmp_path, write_series):
         """
         Single slices are complete without their neighbour; a volume is not.
