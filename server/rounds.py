@@ -256,7 +256,8 @@ class Rounds:
         for answer, norm in exchange.answers():
             weight = answer.counts["trained"]
             mean.add(answer.update, weight, norm)
-            losses[answer.site] = (answer.metrics.get("training_loss", np.nan), weight)
+            if "training_loss" in answer.metrics:
+                losses[answer.site] = (answer.metrics["training_loss"], weight)
             answers.append(_without_update(answer))
         self._note_validation(_measured(answers))
         self._require_minimum(exchange, number)

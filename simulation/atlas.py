@@ -172,7 +172,8 @@ def _with_layers(
     height = (ndimage.distance_transform_edt(~hull) - ndimage.distance_transform_edt(hull)) * resolution_mm
 
     def within(surface_mm: float) -> NDArray[np.float32]:
-        return np.clip(0.5 + (surface_mm - height) / resolution_mm, 0, 1).astype(np.float32)
+        share: NDArray[np.float32] = np.clip(0.5 + (surface_mm - height) / resolution_mm, 0, 1).astype(np.float32)
+        return share
 
     skull_cavity = np.maximum(within(_CSF_MM), np.minimum(grey + white, 1))
     fluid = skull_cavity - np.minimum(grey + white, 1)

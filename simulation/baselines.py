@@ -54,9 +54,9 @@ class Row:
     """Test metrics on each site's test patients; sites without any are left out."""
 
     def mean(self, metric: str) -> float:
-        """Mean over sites, each counting the same."""
+        """Mean over sites, each counting the same; there is at least one."""
         values = [metrics[metric] for metrics in self.per_site.values()]
-        return sum(values) / len(values) if values else float("nan")
+        return sum(values) / len(values)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ class Warp:
         displaced = np.einsum("zk,cklm->czlm", along_z, self.control_mm)
         displaced = np.einsum("yl,czlm->czym", along_y, displaced)
         displaced = np.einsum("xm,czym->czyx", along_x, displaced) + grid.points_mm()
-        return np.einsum("cd,dzyx->czyx", self.pose, displaced) + self.shift_mm[:, None, None, None]
+        posed: NDArray[np.float64] = np.einsum("cd,dzyx->czyx", self.pose, displaced)
+        return posed + self.shift_mm[:, None, None, None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ class Lesion:
         scaled = (points_mm - self.centre_mm.reshape(per_axis)) / self.radii_mm.reshape(per_axis)
         roughness = sum(np.cos(np.einsum("c,c...->...", wave[:3], scaled) + wave[3]) for wave in self.lumps)
         depth = (1 + 0.08 * roughness - np.sqrt((scaled**2).sum(axis=0))) * self.radii_mm.mean()
-        return np.clip(0.5 + depth / 1.5, 0, 1).astype(np.float32)
+        occupied: NDArray[np.float32] = np.clip(0.5 + depth / 1.5, 0, 1).astype(np.float32)
+        return occupied
 
     def later(self, random: np.random.Generator) -> Lesion:
         """The same lesion at the next study: each half axis between 10 % smaller and 25 % larger."""
@@ -189,7 +191,8 @@ class EmulatedPatient:
 def deep_white_matter(white_matter: NDArray[np.float32], grid: Grid) -> NDArray[np.float64]:
     """Points at least 4 mm inside white matter, where lesions may have their centre: ``(n, 3)`` as (z, y, x) [mm]."""
     depth = ndimage.distance_transform_edt(white_matter > 0.5, sampling=grid.spacing_mm)
-    return np.argwhere(depth >= 4.0) * np.array(grid.spacing_mm) + np.array(grid.origin_mm)
+    places: NDArray[np.float64] = np.argwhere(depth >= 4.0) * np.array(grid.spacing_mm) + np.array(grid.origin_mm)
+    return places
 
 
 def _random_lesion(places_mm: NDArray[np.float64], random: np.random.Generator) -> Lesion:
@@ -214,7 +217,8 @@ def _inside_white_matter(
 
 def _average_slices(tissues: NDArray[np.float32], n_subslices: int) -> NDArray[np.float32]:
     n, z, y, x = tissues.shape
-    return tissues.reshape(n, z // n_subslices, n_subslices, y, x).mean(axis=2)
+    averaged: NDArray[np.float32] = tissues.reshape(n, z // n_subslices, n_subslices, y, x).mean(axis=2)
+    return averaged
 
 
 def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:

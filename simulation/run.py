@@ -92,6 +92,8 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     one_thread()
     folder = use_folder(request.folder)
+    for stale in ("pictures.npz", "result.json", "report.html", "model.safetensors"):
+        (folder / stale).unlink(missing_ok=True)
     sites = find_sites(request, watcher)
     prepare(request, sites, watcher)
     result = describe(request, sites) | {"started": started}
@@ -109,7 +111,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=watcher.progress,
         )
         result |= report_outcome(request, folder, outcome)
-        if request.compare:
+        if request.compare and outcome.test.per_site:
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"

@@ -93,7 +93,7 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=2.3,
         inversion_time_s=0.9,
         contrast_agent="Gadobutrol",
-        intensities=Intensities(scalp=0.85, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.66, lesion=0.92),
+        intensities=Intensities(scalp=0.80, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.66, lesion=0.92),
         gamma=1.0,
         bias_amplitude=0.20,
         point_spread_mm=0.8,
@@ -111,7 +111,7 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=4.5,
         inversion_time_s=None,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.60, bone=0.06, csf=0.78, grey_matter=0.46, white_matter=0.32, lesion=0.92),
+        intensities=Intensities(scalp=0.60, bone=0.06, csf=0.85, grey_matter=0.46, white_matter=0.32, lesion=0.92),
         gamma=0.9,
         bias_amplitude=0.12,
         point_spread_mm=1.0,
@@ -129,7 +129,7 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=11.0,
         inversion_time_s=2.8,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.25, bone=0.08, csf=0.10, grey_matter=0.58, white_matter=0.46, lesion=0.86),
+        intensities=Intensities(scalp=0.30, bone=0.08, csf=0.10, grey_matter=0.58, white_matter=0.46, lesion=0.86),
         gamma=1.1,
         bias_amplitude=0.28,
         point_spread_mm=0.9,
@@ -147,7 +147,7 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=2.8,
         inversion_time_s=None,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.35, bone=0.12, csf=0.60, grey_matter=0.76, white_matter=0.60, lesion=0.92),
+        intensities=Intensities(scalp=0.70, bone=0.12, csf=0.60, grey_matter=0.76, white_matter=0.60, lesion=0.92),
         gamma=1.2,
         bias_amplitude=0.15,
         point_spread_mm=1.1,
@@ -202,7 +202,8 @@ def contrast(
     if random is not None:
         intensities *= np.exp(random.normal(0, 0.03, size=len(intensities)))
     signal = sum(np.float32(value) * tissue for value, tissue in zip(intensities, tissues, strict=True))
-    return np.power(signal, np.float32(scanner.gamma))
+    received: NDArray[np.float32] = np.power(signal, np.float32(scanner.gamma))
+    return received
 
 
 def shading(shape: tuple[int, ...], amplitude: float, random: np.random.Generator) -> NDArray[np.float32]:
@@ -213,7 +214,8 @@ def shading(shape: tuple[int, ...], amplitude: float, random: np.random.Generato
     weights = random.normal(size=len(terms))
     weights /= np.abs(weights).sum()
     exponent = sum(np.float32(amplitude * w) * term for w, term in zip(weights, terms, strict=True))
-    return np.exp(exponent)
+    field: NDArray[np.float32] = np.exp(exponent)
+    return field
 
 
 def add_rician_noise(signal: NDArray[np.float32], sigma: float, random: np.random.Generator) -> NDArray[np.float32]:
@@ -222,4 +224,5 @@ def add_rician_noise(signal: NDArray[np.float32], sigma: float, random: np.rando
     ``sigma`` is the standard deviation in each channel, in the unit of ``signal``; shape and dtype are kept.
     """
     real, imaginary = random.standard_normal((2, *signal.shape), dtype=np.float32) * np.float32(sigma)
-    return np.hypot(signal + real, imaginary)
+    magnitude: NDArray[np.float32] = np.hypot(signal + real, imaginary)
+    return magnitude

@@ -7,6 +7,7 @@ together is the catalogue's matter.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from client.data.keys import key_of, plain_name
 from client.data.records import Facts, Kind, Role
 from client.data.scan import MAX_SIDE, Scan
 from client.data.skips import Reason, UnusableError, unusable
+
+# pydicom's log quotes values of the header and tracebacks of decoders; what a reader needs is the counted reason.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 ORIENTATION_TOLERANCE = 1e-3
 """Largest difference between direction cosines that count as equal; headers round them to about six digits."""

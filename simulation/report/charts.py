@@ -30,22 +30,14 @@ STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9.5,
-    "text.color": INK,
-    "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), LINE),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), MUTED),
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": LINE,
     "grid.linewidth": 0.6,
     "lines.solid_capstyle": "round",
     "lines.markeredgewidth": 0.9,
-    "xtick.color": LINE,
-    "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
     "ytick.major.size": 0,
 }
 
@@ -84,13 +76,10 @@ def curves(description: str, lines: Sequence[Line], *, ring: tuple[int, float] |
 
     def draw(axes: Any) -> None:
         for line in lines:
-            style = {"linewidth": 2.4, "zorder": 4} if line.is_bold else {"linewidth": 1.1, "zorder": 3}
-            axes.plot(
-                *zip(*line.points, strict=True),
-                color=line.colour,
-                marker="o" if len(line.points) == 1 else None,
-                **style,
-            )
+            width, order = (2.4, 4) if line.is_bold else (1.1, 3)
+            x, y = zip(*line.points, strict=True)
+            dot = "o" if len(x) == 1 else None
+            axes.plot(x, y, marker=dot, color=line.colour, linewidth=width, zorder=order)
         if ring:
             axes.plot(*ring, "o", markersize=7, color=SURFACE, markeredgecolor=INK, markeredgewidth=1.8, zorder=6)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))

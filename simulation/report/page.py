@@ -11,10 +11,10 @@ from markupsafe import Markup
 
 from shared_models.errors import FederadError
 from simulation.report import words
-from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Mark, Row, curves, rows, site_colour
+from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import pictures
-from simulation.report.results import Comparison, Experiment, Measured, Run, Ways, read
+from simulation.report.results import Comparison, Experiment, Measured, Run, read
 
 ALL = ""
 """Stands for all sites together where figures are kept by site."""
@@ -27,21 +27,13 @@ class Cell:
     text: str
     start: float
     width: float
-    tone: str = ""
+    tone: str
 
 
 def write_report(folder: Path) -> Path:
     """Write ``report.html`` beside the ``result.json`` of a run.
 
-    Parameters
-    ----------
-    folder
-        Where the run wrote ``result.json`` and, if it finished, ``pictures.npz``.
-
-    Returns
-    -------
-    Path
-        The page. It refers to nothing outside itself.
+    It refers to nothing outside itself; pictures come from ``pictures.npz`` beside it.
 
     Raises
     ------
@@ -57,10 +49,7 @@ def write_report(folder: Path) -> Path:
         absences=words.absences(run),
         means=run.comparison.mean if run.comparison else None,
         validation=_validation(run),
-        loss=curves(
-            "training loss over the rounds",
-            [Line("", [(r.round, r.training_loss) for r in run.rounds if r.training_loss is not None], INK, True)],
-        ),
+        loss=_loss(run),
         colours=[COLOURS[site_colour(i)] for i in range(len(run.sites))],
         columns=dict(_columns(run)),
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
@@ -81,33 +70,17 @@ def write_experiment_report(folder: Path) -> Path:
         R231 as for :func:`write_report`.
     """
     result = read(Experiment, folder)
-    metrics = dict.fromkeys(row.metric for row in result.rows)
-    groups = {metric: [row for row in result.rows if row.metric == metric] for metric in metrics}
-    return _write(
-        folder,
-        "experiment.html",
-        result=result,
-        groups=groups,
-        charts={metric: _seeds(metric, measured) for metric, measured in groups.items()},
-    )
+    groups: dict[str, list[Measured]] = {}
+    for row in result.rows:
+        groups.setdefault(row.metric, []).append(row)
+    charts = {metric: _seeds(metric, measured) for metric, measured in groups.items()}
+    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts)
 
 
 def _write(folder: Path, template: str, **shown: object) -> Path:
-    environment = Environment(
-        loader=PackageLoader("simulation.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        figure=words.figure,
-        figures=words.figures,
-        metric=words.metric_name,
-        meanings=words.meanings,
-        duration=words.duration,
-        counted=words.counted,
-    )
+    environment = Environment(loader=PackageLoader("simulation.report"), autoescape=True, undefined=StrictUndefined)
+    filters = (words.figure, words.figures, words.metric_name, words.meanings, words.duration, words.counted)
+    environment.filters |= {function.__name__: function for function in filters}
     page = environment.get_template(template).render(**shown)
     path, partial = folder / "report.html", folder / "report.html.partial"
     try:
@@ -118,10 +91,7 @@ def _write(folder: Path, template: str, **shown: object) -> Path:
             "R231",
             happened=f"The report cannot be written to {folder} ({type(error).__name__}).",
             because="The page lies beside the result that it shows.",
-            remedies=(
-                "free space or change the permissions of the folder",
-                "or copy the folder elsewhere and try again",
-            ),
+            remedies=("free space or change the folder's permissions", "or copy the folder elsewhere and try again"),
         ) from None
     return path
 
@@ -129,15 +99,18 @@ def _write(folder: Path, template: str, **shown: object) -> Path:
 def _validation(run: Run) -> Markup | None:
     """The headline metric over the rounds: each site thin, all of them bold."""
     overall = [(r.round, r.validation[run.headline]) for r in run.rounds if r.validation]
-    lines = [
-        Line(
-            site, [(r.round, r.per_site[site][run.headline]) for r in run.rounds if site in r.per_site], site_colour(i)
-        )
-        for i, site in enumerate(run.names)
-    ]
+    lines = []
+    for i, site in enumerate(run.names):
+        points = [(r.round, r.per_site[site][run.headline]) for r in run.rounds if site in r.per_site]
+        lines.append(Line(site, points, site_colour(i)))
     ring = next((point for point in overall if point[0] == run.best_round), None)
     description = f"validation {words.metric_name(run.headline)} over the rounds"
     return curves(description, [*lines, Line("all sites", overall, INK, is_bold=True)], ring=ring)
+
+
+def _loss(run: Run) -> Markup | None:
+    points = [(r.round, r.training_loss) for r in run.rounds if r.training_loss is not None]
+    return curves("training loss over the rounds", [Line("", points, INK, is_bold=True)])
 
 
 def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
@@ -145,59 +118,52 @@ def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     if run.test:
         for metric in run.metrics:
             values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
-            yield f"Test {words.metric_name(metric)}", _bars({**values, ALL: run.test.mean[metric]})
+            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean[metric]})
     if run.comparison:
         ways = {**{site: run.comparison.at(site) for site in run.names}, ALL: run.comparison.mean}
-        yield "Own model", _bars({site: w.own for site, w in ways.items()})
-        yield "Central model", _bars({site: w.central for site, w in ways.items()})
-        yield "Gain over own", _gains({site: w.gain(w.own) for site, w in ways.items()})
-        yield "Gap to central", _gains({site: w.gain(w.central) for site, w in ways.items()})
+        yield "Own model", _cells({site: w.own for site, w in ways.items()})
+        yield "Central model", _cells({site: w.central for site, w in ways.items()})
+        yield "Gain over own", _cells({site: w.gain(w.own) for site, w in ways.items()}, signed=True)
+        yield "Gap to central", _cells({site: w.gain(w.central) for site, w in ways.items()}, signed=True)
 
 
-def _bars(values: Mapping[str, float | None]) -> dict[str, Cell]:
-    """Figures with bars from zero; the longest bar is 1, or the largest value where that is more."""
-    full = max(1.0, *(v or 0 for v in values.values()))
-    texts = zip(values.items(), words.figures(values.values()), strict=True)
-    return {site: Cell(text, 0, round(100 * (v or 0) / full, 1)) for (site, v), text in texts}
+def _cells(values: Mapping[str, float | None], *, signed: bool = False) -> dict[str, Cell]:
+    """Figures with bars from zero, a full one being 1 or the largest value where that is more.
 
-
-def _gains(values: Mapping[str, float | None]) -> dict[str, Cell]:
-    """Differences with bars to either side of the middle, coloured by whether they are an improvement."""
-    full = max(1e-9, *(abs(v or 0) for v in values.values()))
+    ``signed`` ones are differences: bars to either side of the middle, coloured by whether they are an improvement.
+    """
+    zero, least = (50, 1e-9) if signed else (0, 1.0)
+    full = max(least, *(abs(v or 0) for v in values.values()))
     cells = {}
-    for (site, v), text in zip(values.items(), words.figures(values.values(), signed=True), strict=True):
-        half = round(50 * (v or 0) / full, 1)
-        cells[site] = Cell(text, 50 + min(half, 0), abs(half), "good" if half > 0 else "poor")
+    for (site, v), text in zip(values.items(), words.figures(values.values(), signed=signed), strict=True):
+        length = round((100 - zero) * (v or 0) / full, 1)
+        tone = "" if not signed else "good" if length > 0 else "poor"
+        cells[site] = Cell(text, zero + min(length, 0), abs(length), tone)
     return cells
 
 
+LOOKS = (("s", OWN, 6.5), ("X", MUTED, 6.5), ("D", CENTRAL, 6.0), ("o", ACCENT, 7.5))
+"""Shape, colour and size for each of the ways to train; the template's legend repeats them."""
+
+
 def _side_by_side(run: Run, comparison: Comparison) -> Markup:
-    """For each site and for their mean: own, other hospitals', central and shared model."""
+    """The four ways to train for each site and, in the last row, for their mean."""
     ways = {site: comparison.at(site) for site in run.names}
     ways |= {"mean": comparison.mean} if len(ways) > 1 else {}
-    shown = [_row(name, at) for name, at in ways.items() if at.shared is not None]
+    shown = []
+    for name, at in ways.items():
+        marks = [(value, *look) for value, look in zip(at, LOOKS, strict=True) if value is not None]
+        values = [value for value, *_ in marks]
+        shown += [Row(name, marks, (min(values), max(values)))] if values else []
     return rows("shared, own and central models for each site", shown)
-
-
-def _row(name: str, at: Ways) -> Row:
-    """The marks of four ways to train; the template's legend repeats them."""
-    others = ((at.own, "s", OWN, 6.5), (at.elsewhere, "X", MUTED, 6.5), (at.central, "D", CENTRAL, 6.0))
-    ways = (*others, (at.shared, "o", ACCENT, 7.5))
-    marks: list[Mark] = [(value, *look) for value, *look in ways if value is not None]
-    values = [value for value, *_ in marks]
-    return Row(name, marks, (min(values), max(values)))
 
 
 def _seeds(metric: str, measured: list[Measured]) -> Markup:
     """For each method: every seed a stroke, the mean a dot, the standard deviation a bar."""
-    shown = [
-        Row(
-            f"{row.method}\n{row.split}",
-            [*((v, "|", ACCENT, 9) for v in row.values), (row.mean, "o", ACCENT, 6.5)],
-            (row.mean - row.sd, row.mean + row.sd),
-        )
-        for row in measured
-    ]
+    shown = []
+    for row in measured:
+        marks = [*((v, "|", ACCENT, 9.0) for v in row.values), (row.mean, "o", ACCENT, 6.5)]
+        shown.append(Row(f"{row.method}\n{row.split}", marks, (row.mean - row.sd, row.mean + row.sd)))
     return rows(f"{words.metric_name(metric)} of each method", shown)
 
 
@@ -206,9 +172,9 @@ def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bo
 
     Each cell is its text, how strong its colour is [per cent], and whether the model is at home there.
     """
-    models = [(f"model of {owner}", owner, row) for owner, row in comparison.local.items()]
-    models.append(("shared model", ALL, comparison.by_method["federated"]))
-    known = [v for _, _, row in models for v in row.per_site.values()]
+    models = {row.method.replace("local:", "model of "): row for row in comparison.rows if "local:" in row.method}
+    models["shared model"] = comparison.by_method["federated"]
+    known = [v for row in models.values() for v in row.per_site.values()]
     low, high = min(known), max(known)
 
     def cell(value: float | None, is_home: bool) -> tuple[str, int, bool]:
@@ -216,7 +182,10 @@ def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bo
             return words.NOTHING, 0, is_home
         return f"{value:.2f}", round(4 + 51 * (value - low) / max(high - low, 1e-9)), is_home
 
-    return {shown: [cell(row.per_site.get(site), site == owner) for site in run.names] for shown, owner, row in models}
+    return {
+        name: [cell(row.per_site.get(site), row.method == f"local:{site}") for site in run.names]
+        for name, row in models.items()
+    }
 
 
 def _by_round(run: Run) -> dict[str, list[str]]:

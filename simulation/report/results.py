@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shared_models.errors import FederadError
 
 Metrics = dict[str, float]
-Patients = dict[Literal["train", "validation", "test"], int]
 Result = TypeVar("Result", bound=BaseModel)
 
 
@@ -26,7 +25,7 @@ class Site(Part):
 
     name: str
     scanner: str
-    patients: Patients
+    patients: dict[Literal["train", "validation", "test"], int]
     """Number of patients in each split."""
 
     skipped: dict[str, int]
@@ -62,12 +61,12 @@ class Tested(Part):
 class Ways(NamedTuple):
     """The headline metric of four ways to train, on the same test patients; None where a way was not taken."""
 
-    shared: float | None
     own: float | None
     elsewhere: float | None
     """Mean of the other hospitals' own models."""
 
     central: float | None
+    shared: float | None
 
     def gain(self, over: float | None) -> float | None:
         """How far the shared model is above another way."""
@@ -99,14 +98,14 @@ class Comparison(Part):
     def mean(self) -> Ways:
         """Means over sites."""
         rows = self.by_method
-        return Ways(rows["federated"].mean, self.local_own, self.local_elsewhere, rows["central"].mean)
+        return Ways(self.local_own, self.local_elsewhere, rows["central"].mean, rows["federated"].mean)
 
     def at(self, site: str) -> Ways:
         """On the test patients of one site."""
         values = {row.method: row.per_site.get(site) for row in self.rows}
         shared, central, own = values.pop("federated"), values.pop("central"), values.pop(f"local:{site}", None)
         others = [v for v in values.values() if v is not None]
-        return Ways(shared, own, sum(others) / len(others) if others else None, central)
+        return Ways(own, sum(others) / len(others) if others else None, central, shared)
 
 
 class Budget(Part):
@@ -154,12 +153,6 @@ class Run(Part):
     def names(self) -> list[str]:
         """The sites."""
         return [site.name for site in self.sites]
-
-    @property
-    def patients(self) -> Patients:
-        """The patients of all sites."""
-        splits: Patients = {"train": 0, "validation": 0, "test": 0}
-        return {split: sum(site.patients[split] for site in self.sites) for split in splits}
 
     @property
     def best_validation(self) -> float | None:

@@ -173,7 +173,9 @@ class TestNumberedErrors:
 
 class TestCountedSkips:
     @pytest.mark.slow
-    def test_bad_files_among_good_ones_cost_themselves_alone(self, federad_sim, plan_file, site_folders, tmp_path):
+    def test_bad_files_among_good_ones_cost_themselves_alone(
+        self, federad_sim, plan_file, site_folders, tmp_path, caplog
+    ):
         """
         Zero bytes, a cut file, a text, undecodable pixels, a mask without image, a single slice: the run goes on and
         result.json counts each with its reason.
@@ -196,6 +198,7 @@ class TestCountedSkips:
             "--workers", "1",
         )  # fmt: skip
         assert status == 0, err
+        assert "Traceback" not in err + caplog.text
         result = json.loads(out)
         skipped = result["sites"][0]["skipped"]
         assert sum(skipped.values()) >= 5, skipped

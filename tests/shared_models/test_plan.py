@@ -46,6 +46,7 @@ FULL: Tables = {
         "flips": False,
         "optimizer": "adamw",
         "learning_rate": 0.002,
+        "schedule": "cosine",
         "weight_decay": 0.01,
         "precision": "bfloat16",
     },
@@ -171,7 +172,15 @@ def refused(tables: Tables) -> FederadError:
     return error.value
 
 
-KEYS = keys_of(Plan)
+def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
+    """Every key of tables, and of the tables in them."""
+    keys: list[Key] = []
+    for name, value in tables.items():
+        keys += [(*above, name), *(keys_in(value, (*above, name)) if isinstance(value, dict) else [])]
+    return keys
+
+
+KEYS = keys_in(FULL)
 LEAVES = [key for key in KEYS if not isinstance(value_at(FULL, key), dict)]
 
 
@@ -195,6 +204,7 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
+        assert set(KEYS) == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
