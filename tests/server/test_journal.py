@@ -138,6 +138,24 @@ class TestKilled:
         assert last_seen == sorted(last_seen)
         assert set(last_seen) == {4, 5}
 
+    def test_killed_while_a_round_is_committed_again_it_has_the_old_weights_or_the_new(self, tmp_path):
+        """
+        Weights on disk are replaced at once or not at all.
+        """
+        seen = set()
+        for n_lines in range(1, 1000):
+            Journal(tmp_path).commit(1, {"round": 1}, weights_after(7))
+            again = Journal(tmp_path)
+            killed = killed_at(n_lines, journal_module, lambda again=again: again.commit(1, {}, weights_after(8)))
+            weights = Journal(tmp_path).weights(1)
+            seen.add(float(weights["b"]))
+
+            assert (weights["w"] == weights["b"]).all()
+            if not killed:
+                break
+
+        assert seen == {7.0, 8.0}
+
     def test_killed_at_any_moment_it_reopens_whole(self, tmp_path):
         """
         Killed by the clock, also in the middle of a write of megabytes, the journal is a whole beginning of the run.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from math import sqrt
@@ -128,6 +129,16 @@ class TestDraw:
             np.testing.assert_array_equal(straight, volume.image[0][window])
             np.testing.assert_array_equal(sample.target[0], label_of(sample.image[0]))
         assert 30 <= mirrored <= 70
+
+    def test_every_place_is_as_likely(self):
+        """
+        Patches that look for nothing lie anywhere, the first and the last place of each axis included.
+        """
+        task, volume, rng = task_with(foreground=0.0, flips=False), numbered((3, 10, 10)), np.random.default_rng(0)
+        places = Counter(float(task.draw(volume, rng).image[0, 0, 0]) for _ in range(27 * 40))
+
+        assert places.keys() == set(volume.image[0, :, :3, :3].ravel().tolist())
+        assert all(abs(n - 40) <= 5 * sqrt(40) for n in places.values())
 
     def test_without_flips_nothing_is_mirrored(self):
         """

@@ -187,8 +187,12 @@ class TestHostileBytes:
         """
         A length beyond the message, or beyond what any network needs, ends the reading.
         """
-        assert_unreadable(struct.pack("<Q", 2**63) + b"{}")
-        assert_unreadable(struct.pack("<Q", MAX_HEADER_BYTES + 1) + b" " * (MAX_HEADER_BYTES + 1))
+        header = b'{"__metadata__":{"federad":"text"}}'
+
+        assert_unreadable(struct.pack("<Q", 2**63) + header)
+        for n, too_long in ((MAX_HEADER_BYTES, False), (MAX_HEADER_BYTES + 8, True)):
+            read = laws.read_or_refused(decode, struct.pack("<Q", n) + header.ljust(n))
+            assert (read is None) == too_long
 
     numbers = st.sampled_from([-1, 0, 1, 2, 3, 4, 8, 12, 2**31, 2**63, 2**70, 1.0, "4", None])
     entries = st.fixed_dictionaries(
