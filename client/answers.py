@@ -8,11 +8,11 @@ for the next.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from uuid import uuid4
 
 from shared_models.messages import Question
 
@@ -72,8 +72,7 @@ class AnswerStore:
 
     def keep(self, question: Question, answer: bytes) -> None:
         """Store ``answer`` durably; it may leave after this returns."""
-        name = hashlib.sha256(repr(_key(question)).encode()).hexdigest()[:16]
-        file = f"{question.round:06d}-{question.kind}-{name}.safetensors"
+        file = f"{question.round:06d}-{question.kind}-{uuid4().hex}.safetensors"
         temporary = self._folder / f"{file}.part"
         with temporary.open("wb") as stream:
             stream.write(answer)

@@ -7,11 +7,12 @@ here too; today the three kinds below leave exactly as they are, and nothing els
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, encode_answer
@@ -48,25 +49,49 @@ class Gate:
         FederadError
             C147 if a kind is not on the list, comes twice, or holds a value that is not finite.
         """
-        values: dict[str, Mapping[str, Any]] = {}
+        values: dict[str, dict[str, Any]] = {}
         for release in releases:
             if release.kind not in get_args(Kind) or release.kind in values:
                 raise _not_released(f"a release of kind {release.kind!r}, which is unknown or came twice")
-            if not all(np.isfinite(value).all() for value in release.value.values()):
+            values[release.kind] = {name: _EXACT[release.kind](value) for name, value in release.value.items()}
+            if not all(np.isfinite(value).all() for value in values[release.kind].values()):
                 raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
-            values[release.kind] = release.value
-        answer = Answer(
-            site=self.site,
-            question=question,
-            update=dict(values.get("update", {})),
-            metrics={name: float(value) for name, value in values.get("metric", {}).items()},
-            counts={name: int(value) for name, value in values.get("count", {}).items()},
+        return encode_answer(
+            Answer(
+                site=self.site,
+                question=question,
+                update=values.get("update", {}),
+                metrics=values.get("metric", {}),
+                counts=values.get("count", {}),
+            )
         )
-        return encode_answer(answer)
 
     def refuse(self, question: Question | None, refusal: Refusal) -> bytes:
-        """The bytes that say no, with a reason from the closed list and nothing else."""
+        """The bytes that say no, with a reason from the closed list and nothing else.
+
+        Raises
+        ------
+        FederadError
+            C147 for a reason that is not on the list.
+        """
+        if refusal not in get_args(Refusal):
+            raise _not_released("a reason that is not on the list")
         return encode_answer(Answer(site=self.site, question=question, refusal=refusal))
+
+
+def _whole_number(value: Any) -> int:
+    if isinstance(value, bool) or not float(value).is_integer() or value < 0:
+        raise _not_released("a count that is not a whole number")
+    return int(value)
+
+
+def _float32(value: Any) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # what overflows becomes infinite and is stopped as such
+        return np.asarray(value, np.float32)
+
+
+_EXACT: dict[str, Callable[[Any], Any]] = {"update": _float32, "metric": float, "count": _whole_number}
+"""What the values of each kind are made into before they are looked at, so that what is checked is what leaves."""
 
 
 def _not_released(what: str) -> FederadError:

@@ -13,6 +13,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared_models.errors import FederadError
+from shared_models.messages import SITE_NAME
 
 FILE = "site.toml"
 
@@ -22,7 +23,7 @@ class SiteConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    name: str = Field(pattern=f"^{SITE_NAME}$")
     """The site's name in the consortium."""
 
     data: str
@@ -42,7 +43,7 @@ class SiteConfig(BaseModel):
         """
         try:
             return cls.model_validate_json(json.dumps(tomllib.loads((folder / FILE).read_text(encoding="utf-8"))))
-        except (OSError, ValueError, ValidationError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             what = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
             where = f": {'.'.join(map(str, what['loc']))}: {what['msg']}" if what else f" ({type(error).__name__})"
             raise FederadError(
@@ -54,5 +55,10 @@ class SiteConfig(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write ``folder/site.toml``."""
-        lines = [f"{key} = {json.dumps(value)}" for key, value in self.model_dump().items()]
+        lines = [f"{key} = {_toml_string(value)}" for key, value in self.model_dump().items()]
         (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _toml_string(text: str) -> str:
+    """A TOML basic string: JSON's, but for characters beyond 16 bits and DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -67,7 +67,7 @@ class ExactMean:
         if self._closed:
             raise ValueError("the mean has been taken")
         self._bound += weight * norm
-        if norm > LARGEST_VALUE or self._bound > LARGEST_SUM:
+        if not norm <= LARGEST_VALUE or not self._bound <= LARGEST_SUM:  # NaN fails both
             raise FederadError(
                 "S182",
                 happened=f"An update of norm {norm:.3g} and weight {weight} does not fit the exact sum.",

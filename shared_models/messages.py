@@ -8,6 +8,7 @@ at the site moves these bytes and reads nothing in them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite
@@ -15,6 +16,9 @@ from typing import Any, Literal, get_args
 
 from shared_models.errors import FederadError
 from shared_models.weights import Weights, decode, encode, weights_sha256
+
+SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+"""What a site may be called: it appears in logs, tables and file names."""
 
 AskKind = Literal["train", "validate", "test"]
 """``train``: validate the incoming weights, then train from them. ``validate``, ``test``: measure them on that split."""
@@ -114,13 +118,13 @@ def decode_answer(data: bytes) -> Answer:
     header = _header(text, {"site", "question", "refusal", "metrics", "counts"})
     site, refusal, metrics, counts = (header[key] for key in ("site", "refusal", "metrics", "counts"))
     question = None if header["question"] is None else _question(header["question"])
-    if not isinstance(site, str) or not 0 < len(site) <= 200:
+    if not isinstance(site, str) or not re.fullmatch(SITE_NAME, site):
         raise _unreadable("the site has no name")
     if refusal is not None and refusal not in get_args(Refusal):
         raise _unreadable("the reason is not on the list")
     if not isinstance(metrics, dict) or not all(_is_finite(v) for v in metrics.values()):
         raise _unreadable("a metric is not a finite number")
-    if not isinstance(counts, dict) or not all(_is_int(v) and 0 <= v < 2**31 for v in counts.values()):
+    if not isinstance(counts, dict) or not all(_is_int(v) and v < 2**31 for v in counts.values()):
         raise _unreadable("a count is not a whole number")
     return Answer(site, question, refusal, update, {k: float(v) for k, v in metrics.items()}, counts)
 
@@ -141,17 +145,17 @@ def _question(fields: Any) -> Question:
     words = [fields[key] for key in ("run", "kind", "plan_sha256", "weights_sha256")]
     if not all(isinstance(word, str) and len(word) <= 200 for word in words) or not _is_int(fields["round"]):
         raise _unreadable("its header has values of another type")
-    if fields["kind"] not in get_args(AskKind) or fields["round"] < 0:
+    if fields["kind"] not in get_args(AskKind):
         raise _unreadable("its kind or round is none that exists")
     return Question(**fields)
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, float) and isfinite(value)
 
 
 def _unreadable(reason: str) -> FederadError:

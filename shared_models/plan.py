@@ -47,7 +47,7 @@ class TaskTable(_Table):
         description=f"the kind of task, one of: {', '.join(TASKS)}"
     )
     labels: tuple[str, ...] = Field(
-        min_length=2, description='names of the label values 0, 1, ...: the first is "background"'
+        min_length=2, max_length=256, description='names of the label values 0, 1, ...: the first is "background"'
     )
     network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(
         description=f"the network, one of: {', '.join(NETWORKS)}"
@@ -217,6 +217,13 @@ class Plan(_Table):
                 "A side that cannot be halved that often does not come back at the same size.",
                 f"use multiples of {factor}, or fewer numbers in task.channels",
             )
+        if all(side == factor for side in self.data.patch):
+            raise _ContradictionError(
+                "data.patch",
+                f"patch = {list(self.data.patch)} is a single point at the network's depth {len(self.task.channels)}",
+                "Normalising a single point leaves nothing of it.",
+                f"use at least {2 * factor} along one axis, or fewer numbers in task.channels",
+            )
         return self
 
     @model_validator(mode="after")
@@ -264,7 +271,7 @@ class Plan(_Table):
         """Validate the text of a plan; ``name`` stands in messages for where it came from."""
         try:
             tables = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, and so is a number too long to read
             raise FederadError(
                 "P101",
                 happened=f"{name} is not valid TOML: {error}.",
@@ -285,9 +292,14 @@ class Plan(_Table):
                     remedies=(f"remove [{table}] to run without it", "or wait for a release whose CHANGELOG names it"),
                 )
         try:
-            return cls.model_validate_json(json.dumps(tables, default=str))
+            return cls.model_validate_json(json.dumps(tables, default=_not_json))
         except ValidationError as error:
             raise _as_federad_error(cls, error, name) from None
+
+
+def _not_json(value: object) -> dict[str, str]:
+    """A date or time, which no key takes, so that the message shows it as what it is."""
+    return {type(value).__name__: str(value)}
 
 
 def _as_federad_error(model: type[BaseModel], error: ValidationError, name: str) -> FederadError:
@@ -302,6 +314,13 @@ def _as_federad_error(model: type[BaseModel], error: ValidationError, name: str)
             remedies=(cause.remedy,),
         )
     location = [part for part in first["loc"] if isinstance(part, str)]
+    if not location:
+        return FederadError(
+            "P101",
+            happened=f"{name} cannot be read: {first['msg']}.",
+            because="A plan that cannot be parsed cannot be agreed on.",
+            remedies=("look for brackets inside brackets", "example plans lie in simulation/plans"),
+        )
     key = ".".join(str(part) for part in first["loc"])
     table, field = _look_up(model, location)
     if first["type"] == "extra_forbidden":

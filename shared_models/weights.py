@@ -135,7 +135,7 @@ def _decode(data: bytes) -> tuple[Weights, str]:
         shape, (start, stop) = entry["shape"], entry["data_offsets"]
         if entry["dtype"] != "F32":
             raise ValueError(f"an array has dtype {str(entry['dtype'])[:16]}")
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("an array has no proper shape")
         if start != end or stop - start != 4 * prod(shape) or stop > len(body):
             raise ValueError("an array lies outside the message")
