@@ -1,4 +1,4 @@
-"""Pictured patients: each one PNG with the outlines of reference and prediction as SVG paths."""
+"""Pictured patients: each one image with the outlines of reference and prediction as SVG paths."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class Picture:
     scanner: str
     which: str
     value: str
-    png: str
+    source: str
+    """The image as a data URI."""
+
     width: int
     height: float
     window: tuple[float, ...]
@@ -67,7 +69,7 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
         scanner=about["scanner"],
         which=about["which"],
         value=figure(about[metric]),
-        png=_png(reduced),
+        source=_data_uri(reduced),
         width=width,
         height=height,
         window=_window((truth > 0) | (prediction > 0), width, height),
@@ -76,10 +78,12 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
     )
 
 
-def _png(image: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> str:
+    """PNG for grey slices; JPEG for colour photographs, which are several times smaller that way."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    kind = "jpeg" if image.mode == "RGB" else "png"
+    image.save(buffer, kind, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _window(outlined: NDArray[np.bool_], width: int, height: float) -> tuple[float, ...]:

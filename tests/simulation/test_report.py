@@ -285,7 +285,7 @@ class TestRunReport:
         for tag, attributes in page.tags:
             assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
             for name in ("src", "href", "xlink:href", "action", "srcset", "poster"):
-                assert re.match(r"data:image/png;base64,|#", attributes.get(name) or "#")
+                assert re.match(r"data:image/(png|jpeg);base64,|#", attributes.get(name) or "#")
             assert not [name for name in attributes if name.startswith("on")]
         assert re.findall(r"url\((?!#)|@import|file:", page.source) == []
         addresses = set(re.findall(r"https?://[^\s\"'<>]*", page.source))
