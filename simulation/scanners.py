@@ -65,6 +65,9 @@ class Scanner:
     intensities: Intensities
     """Tissue contrast of the sequence."""
 
+    variation: float
+    """Standard deviation of each tissue's signal between acquisitions, as a natural logarithm [ratio]."""
+
     gamma: float
     """Exponent of the receiver's response to the signal [ratio]; 1 is linear."""
 
@@ -93,11 +96,12 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=2.3,
         inversion_time_s=0.9,
         contrast_agent="Gadobutrol",
-        intensities=Intensities(scalp=0.70, bone=0.10, csf=0.12, grey_matter=0.44, white_matter=0.60, lesion=0.95),
+        intensities=Intensities(scalp=0.62, bone=0.10, csf=0.12, grey_matter=0.46, white_matter=0.62, lesion=0.86),
+        variation=0.03,
         gamma=1.0,
-        bias_amplitude=0.20,
+        bias_amplitude=0.14,
         point_spread_mm=0.8,
-        noise=0.025,
+        noise=0.035,
         gain=900.0,
     ),
     "ge-t2-1.5t": Scanner(
@@ -111,11 +115,12 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=4.5,
         inversion_time_s=None,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.55, bone=0.06, csf=0.68, grey_matter=0.46, white_matter=0.32, lesion=0.92),
+        intensities=Intensities(scalp=0.50, bone=0.06, csf=0.58, grey_matter=0.44, white_matter=0.32, lesion=0.92),
+        variation=0.03,
         gamma=0.9,
         bias_amplitude=0.12,
         point_spread_mm=1.0,
-        noise=0.03,
+        noise=0.05,
         gain=2600.0,
     ),
     "philips-flair-3t": Scanner(
@@ -129,11 +134,12 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=11.0,
         inversion_time_s=2.8,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.45, bone=0.08, csf=0.10, grey_matter=0.58, white_matter=0.46, lesion=0.86),
+        intensities=Intensities(scalp=0.36, bone=0.08, csf=0.10, grey_matter=0.50, white_matter=0.40, lesion=0.96),
+        variation=0.03,
         gamma=1.1,
-        bias_amplitude=0.28,
+        bias_amplitude=0.22,
         point_spread_mm=0.9,
-        noise=0.03,
+        noise=0.04,
         gain=1500.0,
     ),
     "canon-pd-1.5t": Scanner(
@@ -147,11 +153,12 @@ SCANNERS: dict[str, Scanner] = {
         repetition_time_s=2.8,
         inversion_time_s=None,
         contrast_agent=None,
-        intensities=Intensities(scalp=0.65, bone=0.12, csf=0.58, grey_matter=0.74, white_matter=0.58, lesion=0.92),
+        intensities=Intensities(scalp=0.54, bone=0.12, csf=0.50, grey_matter=0.66, white_matter=0.52, lesion=0.82),
+        variation=0.03,
         gamma=1.2,
-        bias_amplitude=0.15,
+        bias_amplitude=0.14,
         point_spread_mm=1.1,
-        noise=0.025,
+        noise=0.035,
         gain=3200.0,
     ),
 }
@@ -197,10 +204,10 @@ def acquire(
 def contrast(
     scanner: Scanner, tissues: NDArray[np.float32], random: np.random.Generator | None = None
 ) -> NDArray[np.float32]:
-    """Noise-free, evenly lit signal ``(z, y, x)`` [1 = full scale]; each tissue varies by 3 % if ``random`` is given."""
+    """Noise-free, evenly lit signal ``(z, y, x)`` [1 = full scale]; the scanner's mean contrast if ``random`` is None."""
     intensities = np.array(astuple(scanner.intensities))
     if random is not None:
-        intensities *= np.exp(random.normal(0, 0.03, size=len(intensities)))
+        intensities *= np.exp(random.normal(0, scanner.variation, size=len(intensities)))
     signal = sum(np.float32(value) * tissue for value, tissue in zip(intensities, tissues, strict=True))
     received: NDArray[np.float32] = np.power(signal, np.float32(scanner.gamma))
     return received
