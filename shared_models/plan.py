@@ -271,7 +271,10 @@ class Plan(_Table):
         """Validate the text of a plan; ``name`` stands in messages for where it came from."""
         try:
             tables = tomllib.loads(text)
-        except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, and so is a number too long to read
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # TOMLDecodeError is a ValueError, and so is a number too long to read
             raise FederadError(
                 "P101",
                 happened=f"{name} is not valid TOML: {error}.",

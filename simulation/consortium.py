@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +32,7 @@ from shared_models.plan import Plan
 from shared_models.seeds import generator
 from simulation.atlas import HEAD_HEIGHT_MM, Grid
 from simulation.patients import EmulatedPatient
+from simulation.processes import process_pool
 from simulation.scanners import SCANNERS, Scanner, acquire, scanners_sha256
 
 SLICE_THICKNESS_MM = 4.0
@@ -240,7 +239,7 @@ def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[None]:
     if workers == 1:
         yield from map(_write_patient, assignments)
         return
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+    pool = process_pool(workers)
     try:
         yield from pool.map(_write_patient, assignments)
     except BrokenProcessPool:

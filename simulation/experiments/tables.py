@@ -1,7 +1,7 @@
 """The tables of README, made from ``docs/results``: no figure there is typed by hand.
 
-``python -m simulation.experiments.tables`` writes them again. A results file is a ``result.json`` of a run or an experiment,
-or the ``bench.json`` of ``make bench``, kept with the command that made it.
+``python -m simulation.experiments.tables`` writes them again. A results file is a ``result.json`` of a run or an
+experiment, or the ``bench.json`` of ``make bench``, kept with the command that made it.
 """
 
 from __future__ import annotations
@@ -27,16 +27,14 @@ def run_table(result: Result) -> str:
         for row in result["comparison"]["rows"]
     ]
     minutes = result["seconds"] / 60
-    caption = f"`{result['command']}`: {minutes:.1f} minutes with {result['workers']} workers, {result['headline']} on test patients"
-    return caption + ".\n\n" + table([result["headline"].capitalize() + " of", *sites, "mean"], rows)
+    how = f"{minutes:.1f} minutes with {result['workers']} workers, {result['headline']} on test patients"
+    return f"`{result['command']}`: {how}.\n\n" + table([result["headline"].capitalize() + " of", *sites, "mean"], rows)
 
 
 def experiment_table(result: Result) -> str:
     """An experiment: its claims, and the figures they rest on."""
     seeds = len(result["seeds"])
-    figures = [
-        [row["method"], row["split"], f"{three(row['mean'])} ± {three(row['sd'])}"] for row in result["rows"]
-    ]
+    figures = [[row["method"], row["split"], f"{three(row['mean'])} ± {three(row['sd'])}"] for row in result["rows"]]
     claims = [
         [f"`{c['id']}`", c["claim"], three(c["value"]), f">= {c['expected']:g}", "yes" if c["holds"] else "**no**"]
         for c in result["claims"]
@@ -51,9 +49,7 @@ def experiment_table(result: Result) -> str:
 
 def bench_table(result: Result) -> str:
     """The benchmark: engines and aggregation."""
-    engines = [
-        [r["engine"], str(r["sites"]), f"{r['overhead']:.1%}", f"{r['peak_mb']:.0f}"] for r in result["engines"]
-    ]
+    engines = [[r["engine"], str(r["sites"]), f"{r['overhead']:.1%}", f"{r['peak_mb']:.0f}"] for r in result["engines"]]
     adding = [
         [r["aggregation"], str(r["replies"]), f"{r['ratio']:.1f}", f"{r['extra_peak_mb']:.0f}"]
         for r in result["aggregation"]
@@ -61,7 +57,8 @@ def bench_table(result: Result) -> str:
     return (
         "`make bench`, one worker; overhead is CPU outside training over CPU of training, the first round left out.\n\n"
         + table(["engine", "sites", "overhead", "peak MB"], engines)
-        + f"\n\nPeak memory at 64 sites over that at 4: {result['memory_64_over_4']:.3f}. Adding up replies of 30 M parameters:\n\n"
+        + f"\n\nPeak memory at 64 sites over that at 4: {result['memory_64_over_4']:.3f}."
+        + " Adding up replies of 30 M parameters:\n\n"
         + table(["", "replies", "passes over memory", "extra peak MB"], adding)
     )
 
