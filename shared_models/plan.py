@@ -274,7 +274,7 @@ class Plan(_Table):
         except (
             ValueError,
             RecursionError,
-        ) as error:  # TOMLDecodeError is a ValueError, and so is a number too long to read
+        ) as error:  # a number too long to read is a ValueError too
             raise FederadError(
                 "P101",
                 happened=f"{name} is not valid TOML: {error}.",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from simulation.offline import stay_offline
+from simulation.offline import stay_offline  # noqa: E402
 
 stay_offline()
 
