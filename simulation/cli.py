@@ -19,6 +19,9 @@ from rich.table import Table  # noqa: E402
 
 from shared_models.errors import FederadError  # noqa: E402
 
+TYPER_INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
 app = typer.Typer(
     help="Try a plan on many emulated hospitals and scanners, on one machine.",
     no_args_is_help=True,
@@ -151,7 +154,8 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     as_json = "--json" in sys.argv
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
     except FederadError as error:
         sys.exit(tell(error, as_json))
     except (KeyboardInterrupt, typer.Abort):
