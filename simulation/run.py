@@ -34,6 +34,7 @@ from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.processes import one_thread, process_pool
+from simulation.scanners import scanners_sha256
 from simulation.stations import SiteFolder, cohort_of, open_station, prepare_stations
 
 
@@ -221,6 +222,7 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
         "test": None,
         "comparison": None,
         "privacy": None,
+        "scanners_sha256": scanners_sha256() if request.data is None else None,
         "versions": {name: version(name) for name in ("federad", "flwr", "torch", "monai")}
         | {"python": platform.python_version()},
     }

@@ -79,6 +79,7 @@ def run_experiment(
         "quick": quick,
         "seeds": list(seeds),
         "plan_sha256": plan.sha256,
+        "scanners_sha256": results[0]["scanners_sha256"],
         "command": command,
         "seconds": round(sum(r["seconds"] for r in results), 1),
         "seconds_this_time": round(time.monotonic() - began, 1),
