@@ -51,8 +51,9 @@ def main() -> None:
 def engines(console: Console) -> dict[str, Any]:
     """Overhead and memory of the engines."""
     with tempfile.TemporaryDirectory() as folder:
+        measure("hospitals", folder)
         rows = [
-            measure("engine", engine, n, Path(folder) / "sites")
+            measure("engine", engine, n, folder)
             for engine, n in track(ENGINES, "engines", console=console)
         ]
     table = Table(title="CPU outside training / CPU of training, one worker, first round left out")

@@ -1,7 +1,8 @@
 """One engine on one number of sites, in a process of its own; prints one JSON line.
 
-``python -m tests.benchmarks.engine in-process|flower-ray N FOLDER``. The first round warms up and is not counted. CPU
-seconds are user plus system of this process and all its children; training and measuring are counted where they happen.
+``python -m tests.benchmarks.engine in-process|flower-ray N FOLDER`` with the folder that ``hospitals`` prepared. The first
+round warms up and is not counted. CPU seconds are user plus system of this process and all its children; training and
+measuring are counted where they happen.
 """
 
 from __future__ import annotations

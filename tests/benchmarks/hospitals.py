@@ -1,8 +1,13 @@
-"""Sites for the benchmarks: one emulated hospital, prepared once, behind any number of names."""
+"""Sites for the benchmarks: one emulated hospital, prepared once, behind any number of names.
+
+``python -m tests.benchmarks.hospitals FOLDER`` prepares it in a process of its own, so that no engine's peak memory holds it.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 from client.site import SiteConfig
@@ -45,21 +50,28 @@ def bench_plan() -> Plan:
     return Plan.from_toml(PLAN)
 
 
-def make_sites(folder: Path, n_sites: int) -> list[Path]:
-    """``n_sites`` stations, copies of one prepared station under names of their own."""
+def make_original(folder: Path) -> Path:
+    """The one prepared station, with its hospital."""
     one_thread()
-    plan = bench_plan()
-    first = folder / "original"
-    if not (first / "plans").exists():
-        (hospital,) = emulate(plan, n_sites=1, folder=folder / "hospitals", seed=0, workers=1, progress=None)
-        prepare_stations(
-            plan, [SiteFolder("original", hospital.folder, first)], seed=0, workers=1, on_site=lambda _: None
-        )
+    plan, station = bench_plan(), folder / "original"
+    (hospital,) = emulate(plan, n_sites=1, folder=folder / "hospitals", seed=0, workers=1, progress=None)
+    prepare_stations(
+        plan, [SiteFolder("original", hospital.folder, station)], seed=0, workers=1, on_site=lambda _: None
+    )
+    return station
+
+
+def make_sites(folder: Path, n_sites: int) -> list[Path]:
+    """``n_sites`` stations, copies of the one in ``folder`` under names of their own."""
     stations = []
     for i in range(n_sites):
         station = folder / f"site-{i}"
         shutil.rmtree(station, ignore_errors=True)
-        shutil.copytree(first, station)
+        shutil.copytree(folder / "original", station)
         SiteConfig(name=f"site-{i}", data=str(folder)).save(station)
         stations.append(station)
     return stations
+
+
+if __name__ == "__main__":
+    print(json.dumps({"station": str(make_original(Path(sys.argv[1])))}))
