@@ -30,7 +30,7 @@ MARGIN = 2.2
 
 @dataclass(frozen=True)
 class Picture:
-    """One slice or photograph with two outlines, ready for an SVG element; coordinates are image columns."""
+    """One slice or photograph with two outlines, ready for an SVG element; lengths are in image columns."""
 
     scanner: str
     which: str
@@ -43,7 +43,11 @@ class Picture:
     window: tuple[float, ...]
     """The part that is shown, as left, top, width and height."""
     truth: str
+    """Outline of the reference, as an SVG path in half pixels."""
     prediction: str
+    """Outline of the model's prediction, likewise."""
+    stretch: float
+    """Height of a pixel over its width."""
 
 
 def pictures(folder: Path, metric: str) -> dict[str, list[Picture]]:
@@ -73,8 +77,9 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
         width=width,
         height=height,
         window=_window((truth > 0) | (prediction > 0), width, height),
-        truth=_outline(truth, y_mm / x_mm),
-        prediction=_outline(prediction, y_mm / x_mm),
+        truth=_outline(truth),
+        prediction=_outline(prediction),
+        stretch=y_mm / x_mm,
     )
 
 
@@ -97,12 +102,13 @@ def _window(outlined: NDArray[np.bool_], width: int, height: float) -> tuple[flo
     return tuple(round(float(v), 2) for v in (x * width, y * height, share * width, share * height))
 
 
-def _outline(label: NDArray[Any], stretch: float) -> str:
-    """The borders of all labels above zero as one SVG path."""
+def _outline(label: NDArray[Any]) -> str:
+    """The borders of all labels above zero as one SVG path, in half pixels, which a border always falls on."""
     padded = np.pad(label, 1)  # so that an outline closes at the edge of the image
     paths = []
     for value in np.unique(label[label > 0]):
         for line in contour_generator(z=(padded == value).astype(np.float32)).lines(0.5):
-            points = np.asarray(line) - 0.5  # pixel centres lie at one half; the padding moved them by one
-            paths.append("M" + "L".join(f"{x:.1f} {y * stretch:.1f}" for x, y in points) + "Z")
-    return "".join(paths)
+            points = np.rint(2 * np.asarray(line)).astype(int) - 1  # pixel centres lie at one; the padding added two
+            start, steps = points[0], np.diff(points, axis=0)[:-1]
+            paths.append(f"M{start[0]} {start[1]}l" + " ".join(f"{x} {y}" for x, y in steps) + "z")
+    return "".join(paths).replace(" -", "-")

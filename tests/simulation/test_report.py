@@ -523,7 +523,7 @@ class TestPictures:
         """
         page = a_page(tmp_path, a_result(), some_pictures())
 
-        drawn = [attributes.get("class") for tag, attributes in page.tags if tag == "path"]
+        drawn = [attributes.get("class") for tag, attributes in page.tags if tag == "use"]
         assert drawn.count("truth") == drawn.count("prediction") == 12
         assert page.text.count("worst") == 4 + 1  # the legend says it too
 
