@@ -39,7 +39,7 @@ class Anatomy:
     """Share of each of :data:`TISSUES_WITH_LESION` in a voxel [0 to 1], ``(tissue, z, y, x)``; the rest is air."""
 
     lesion_mask: NDArray[np.uint8]
-    """1 where at least half of the voxel is lesion, else 0, ``(z, y, x)``."""
+    """1 where lesions, faint or not, take up at least half of the voxel, else 0, ``(z, y, x)``."""
 
     grid: Grid
     """Where these voxels lie."""
@@ -154,6 +154,11 @@ class EmulatedPatient:
         return int(self._random("age").integers(20, 80))
 
     @property
+    def conspicuity(self) -> float:
+        """Share of the tissue that this patient's lesions replace [0.4 to 1]: some are obvious, some are faint."""
+        return float(self._random("conspicuity").uniform(0.4, 1.0))
+
+    @property
     def warp(self) -> Warp:
         """How this head differs from the atlas."""
         return Warp.random(self._random("warp"))
@@ -168,9 +173,11 @@ class EmulatedPatient:
         n_subslices = max(1, round(grid.spacing_mm[0] / atlas.resolution_mm))
         fine = grid.with_subslices(n_subslices)
         healthy = atlas.at(self.warp.points_mm(fine))
-        lesion = _inside_white_matter(healthy[_WHITE], self._lesions(healthy[_WHITE], fine, study), fine)
-        tissues = _average_slices(np.concatenate([healthy * (1 - lesion), lesion[None]]), n_subslices)
-        return Anatomy(tissues, (tissues[-1] >= 0.5).astype(np.uint8), grid)
+        occupied = _inside_white_matter(healthy[_WHITE], self._lesions(healthy[_WHITE], fine, study), fine)
+        lesion = np.float32(self.conspicuity) * occupied
+        tissues = np.concatenate([healthy * (1 - lesion), lesion[None]])
+        mask = _average_slices(occupied[None], n_subslices)[0] >= 0.5
+        return Anatomy(_average_slices(tissues, n_subslices), mask.astype(np.uint8), grid)
 
     def _lesions(self, white_matter: NDArray[np.float32], grid: Grid, study: int) -> Sequence[Lesion]:
         """One to four lesions as they are at visit ``study``; none where the slab holds no deep white matter."""
@@ -196,7 +203,7 @@ def deep_white_matter(white_matter: NDArray[np.float32], grid: Grid) -> NDArray[
 
 
 def _random_lesion(places_mm: NDArray[np.float64], random: np.random.Generator) -> Lesion:
-    radius = random.uniform(6.0, 11.0)
+    radius = random.uniform(8.0, 14.0)
     return Lesion(
         centre_mm=places_mm[random.integers(len(places_mm))],
         radii_mm=radius * random.uniform(0.85, 1.2, size=3),

@@ -75,9 +75,19 @@ class TestPatient:
 
 
 class TestLesions:
-    def test_mask_is_where_lesion_fills_half_the_voxel(self, anatomies):
-        for anatomy in anatomies:
-            assert_array_equal(anatomy.lesion_mask, anatomy.tissues[TISSUES_WITH_LESION.index("lesion")] >= 0.5)
+    def test_mask_is_where_lesions_fill_half_the_voxel(self, patients, anatomies):
+        """
+        The outline of a faint lesion is as large as that of an obvious one: conspicuity only dilutes what is inside.
+        """
+        for patient, anatomy in zip(patients, anatomies, strict=True):
+            lesion = anatomy.tissues[TISSUES_WITH_LESION.index("lesion")]
+            assert_array_equal(anatomy.lesion_mask, lesion >= 0.5 * np.float32(patient.conspicuity))
+            assert lesion.max() == pytest.approx(patient.conspicuity, rel=1e-5)
+
+    def test_some_patients_lesions_are_obvious_and_some_are_faint(self):
+        shares = [EmulatedPatient(100, 1, index).conspicuity for index in range(1, 401)]
+        assert 0.4 <= min(shares) < 0.42
+        assert 0.98 < max(shares) <= 1
 
     def test_every_patient_has_some_but_few(self, anatomies):
         """
