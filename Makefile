@@ -35,8 +35,12 @@ demo: $(READY) ## four emulated hospitals train together; report in runs/demo/re
 test: $(READY) ## the whole test suite, without root, within 15 minutes
 	$(BIN)/python -m pytest -m "not system"
 
+.PHONY: system-packages
+system-packages: ## Debian's packages for a server: nginx (needs root)
+	@command -v nginx /usr/sbin/nginx >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }
+
 .PHONY: test-system
-test-system: $(READY) ## what needs root: file systems that fill up, other users, servers
+test-system: $(READY) system-packages ## what needs root: file systems that fill up, other users, servers
 	$(BIN)/python -m pytest -m system
 
 .PHONY: check

@@ -1,8 +1,9 @@
 """The one door: whatever leaves the hospital passes here, or does not leave.
 
 Every outgoing number is a :class:`Release` of a named kind. The gate knows which kinds may leave, and it alone builds
-the bytes that the courier carries. What each release costs and what the hospital's policy says of it will be decided
-here too; today the three kinds below leave exactly as they are, and nothing else leaves at all.
+the bytes that the courier carries: answers to questions, and notices of what this site decided and how far it is. What
+each release costs and what the hospital's policy says of it will be decided here too; today the kinds below leave exactly
+as they are, and nothing else leaves at all.
 """
 
 from __future__ import annotations
@@ -14,18 +15,28 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from shared_models.consortium import Notice
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, encode_answer
 
 Kind = Literal["update", "metric", "count"]
-"""What may leave: a model update, means over this site's patients, numbers of patients."""
+"""What may leave in an answer: a model update, means over this site's patients, numbers of patients."""
+
+NoticeKind = Literal["status", "progress"]
+"""What may leave in a notice: a word about this site, and how far it is in a round."""
+
+StatusWord = Literal["approved", "refused", "started"]
+"""Every word of a status: a plan was approved or refused here; the station was started."""
+
+TICKS = 10
+"""Progress leaves in tenths of a round: neither the number of steps nor of patients can be read off it."""
 
 
 @dataclass(frozen=True)
 class Release:
     """Something that is about to leave."""
 
-    kind: Kind
+    kind: Kind | NoticeKind
     value: Mapping[str, Any]
 
 
@@ -77,6 +88,28 @@ class Gate:
         if refusal not in get_args(Refusal):
             raise _not_released("a reason that is not on the list")
         return encode_answer(Answer(site=self.site, question=question, refusal=refusal))
+
+    def notice(self, release: Release, *, plan_sha256: str = "", run: str = "") -> Notice:
+        """What the operator is told outside an answer, about a plan and a run where it concerns one.
+
+        A ``status`` holds ``word``, one of :data:`StatusWord`; ``progress`` holds ``round`` and ``tick``, the tenths of
+        the round that are done.
+
+        Raises
+        ------
+        FederadError
+            C147 for another kind, another word, or a tick that is not one of ten.
+        """
+        value = dict(release.value)
+        if release.kind == "status" and value.keys() == {"word"} and value["word"] in get_args(StatusWord):
+            word: StatusWord = value["word"]
+            kind = "status" if word == "started" else word
+            return Notice(kind=kind, plan_sha256=plan_sha256, run=run, word=word)
+        if release.kind == "progress" and value.keys() == {"round", "tick"}:
+            round_, tick = (_whole_number(value[key]) for key in ("round", "tick"))
+            if tick <= TICKS:
+                return Notice(kind="progress", plan_sha256=plan_sha256, run=run, round=round_, done=tick, total=TICKS)
+        raise _not_released(f"a notice of kind {release.kind!r}, which is unknown or holds something else than it may")
 
 
 def _whole_number(value: Any) -> int:

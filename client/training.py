@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -28,6 +28,9 @@ from shared_models.weights import Weights, load_weights, weights_of
 log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test"]
+
+OnSteps = Callable[[int, int], None]
+"""Told (steps done, steps of the round) after each step."""
 
 
 class Patient(Protocol):
@@ -92,11 +95,21 @@ class Trainer:
         self.network = self.task.build_network().to(self.device)
         self.clock = Clock()
 
-    def train(self, weights: Weights, cohort: PatientSource, *, seed: int, site: str, round_: int) -> Trained:
+    def train(
+        self,
+        weights: Weights,
+        cohort: PatientSource,
+        *,
+        seed: int,
+        site: str,
+        round_: int,
+        on_progress: OnSteps | None = None,
+    ) -> Trained:
         """Train for the plan's epochs from ``weights`` and return new minus old.
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
         ``proximal_mu`` every step also pulls back towards ``weights`` (FedProx, Li et al. 2020, arXiv:1812.06127, eq. 2).
+        ``on_progress`` is told after each step and changes nothing.
         """
         since = time.process_time()
         load_weights(self.network, weights)
@@ -105,11 +118,13 @@ class Trainer:
         anchors = [p.detach().clone() for p in self.network.parameters()] if self.plan.strategy.proximal_mu else []
         optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
-        losses = [
-            self._step(optimizer, anchors, samples)
-            for epoch in range(self.plan.training.epochs)
-            for samples in self._batches(cohort, patients, generator(seed, site, round_, epoch))
-        ]
+        n_steps = self._n_steps(len(patients))
+        losses: list[float] = []
+        for epoch in range(self.plan.training.epochs):
+            for samples in self._batches(cohort, patients, generator(seed, site, round_, epoch)):
+                losses.append(self._step(optimizer, anchors, samples))
+                if on_progress is not None:
+                    on_progress(len(losses), n_steps)
         after = weights_of(self.network)
         update = {name: after[name] - weights[name] for name in after}
         self.clock.add("train", since)
@@ -158,6 +173,11 @@ class Trainer:
         size = self.plan.training.batch_size
         for start in range(0, len(visits), size):
             yield [self._draw(cohort, patients[i], rng) for i in visits[start : start + size]]
+
+    def _n_steps(self, n_patients: int) -> int:
+        """Steps of one round."""
+        training = self.plan.training
+        return training.epochs * math.ceil(n_patients * training.samples_per_patient / training.batch_size)
 
     def _draw(self, cohort: PatientSource, patient: Patient, rng: np.random.Generator) -> Sample:
         study = patient.studies[int(rng.integers(len(patient.studies)))]

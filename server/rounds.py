@@ -2,45 +2,71 @@
 
 It replaces Flower's own ``Strategy.start``, which holds all replies in memory, accepts what it should not and ends the
 run on the first bad shape. Here a reply that fails a check is named and left out, and the round goes on; a round with too
-few good replies pauses the run and loses nothing that was committed.
+few good replies pauses the run and loses nothing that was committed. A site that was lost on the way is asked again when it
+is back: its station answers from its store, and neither trains nor spends a second time.
 
 The metrics of a round's weights arrive with the replies of the next round, since one message carries both; the last
 round is followed by one question that validates and one that tests.
+
+A run that was interrupted goes on from the last committed round of its journal, under the same id, with the same result.
 """
 
 from __future__ import annotations
 
 import logging
+import mmap
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from server.accumulator import ExactMean, largest_norm, norm_of
-from server.journal import Journal
+from server.journal import Journal, RunIdentity
+from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Ask, AskKind, Question, decode_answer, encode_ask
-from shared_models.parcel import pack, unpack
+from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, trouble_in, unpack
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import Weights, difference, weights_sha256
+
+if TYPE_CHECKING:
+    from server.depot import Depot
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.05
 """Pause between two looks for replies when none has come [s]; a Grid with sockets waits longer by itself."""
 
+RETURN_S = 180.0
+"""How long a round that has enough replies waits for a site that was lost [s]. A connection that was cut for a minute and a
+half is back by then; a site that is down for the night does not hold up the others until the deadline."""
+
+AGAIN_S = 3.0
+LONGEST_AGAIN_S = 60.0
+"""Pause before a site whose courier failed is asked again, doubled each time [s]."""
+
+MOST_TRIES = 6
+"""A site whose courier failed this often in one round is left out."""
+
+FINAL = frozenset({"unreadable", "bundle-refused"})
+"""Words of a courier that no waiting will change."""
+
+INVALID_BUNDLE = 7
+"""Flower's own number for a bundle that a node refused."""
+
 
 @dataclass(frozen=True)
 class Progress:
     """Something worth showing while a run goes on."""
 
-    what: Literal["waiting", "asked", "replied", "left out", "committed"]
+    what: Literal["waiting", "resumed", "asked", "asked again", "replied", "lost", "left out", "committed"]
     round: int
     kind: AskKind = "train"
     site: str = ""
@@ -91,64 +117,173 @@ class Outcome:
     """Metrics of the best weights on the sites' test patients."""
 
 
+@dataclass
+class _Asked:
+    """How far asking one node has come."""
+
+    present: str = ""
+    """The word of its presence when it was asked last; another one means that it has been away."""
+
+    messages: set[str] = field(default_factory=set)
+    """Those of ours that it has not answered."""
+
+    n_failed: int = 0
+    lost_at: float = 0.0
+    not_before: float = 0.0
+    is_done: bool = False
+
+
 class Exchange:
     """One question to all sites, and their checked answers as they arrive.
 
-    After :meth:`answers` is exhausted, ``refused`` and ``missing`` say what became of the others.
+    After :meth:`answers` is exhausted, ``replied``, ``refused`` and ``missing`` say what became of each site.
     """
 
     def __init__(self, rounds: Rounds, question: Question, weights: Weights) -> None:
-        self._rounds = rounds
+        self._rounds, self._roster, self._grid = rounds, rounds.roster, rounds.grid
         self._question = question
         self._shapes = {name: array.shape for name, array in weights.items()}
-        self._data = encode_ask(Ask(question, rounds.seed, weights))
+        self._weights = weights
+        self._asked: dict[int, _Asked] = {}
+        self._waiting: dict[str, int] = {}
+        self._deadline = 0.0
+        self._next_look = 0.0
+        self._n_most = 0
         self.replied: list[str] = []
         self.refused: list[dict[str, str]] = []
         self.missing: list[str] = []
-        self.n_asked = 0
+
+    @property
+    def n_asked(self) -> int:
+        """Sites that were asked."""
+        return len(self._asked)
 
     def answers(self) -> Iterator[tuple[Answer, float]]:
-        """Each good answer with the norm of its update; the others are named in ``refused`` and ``missing``."""
-        plan, grid = self._rounds.plan, self._rounds.grid
-        deadline = time.monotonic() + plan.strategy.deadline_s
-        nodes = sorted(grid.get_node_ids())
-        self.n_asked = len(nodes)
-        content = pack(self._data)
-        group = str(self._question.round)
-        messages = [
-            Message(content, node, MessageType.QUERY, ttl=plan.strategy.deadline_s, group_id=group) for node in nodes
-        ]
-        waiting = dict(zip(grid.push_messages(messages), nodes, strict=True))
-        self._rounds.tell("asked", self._question, n_sites=len(nodes))
-        while waiting and time.monotonic() < deadline:
-            replies = list(grid.pull_messages(list(waiting)))
-            for reply in replies:
-                node = waiting.pop(reply.metadata.reply_to_message_id)
-                if time.monotonic() > deadline:
-                    self._leave_out(self._rounds.name_of(node), "late")
-                elif (checked := self._checked(reply, node)) is not None:
-                    self.replied.append(checked[0].site)
-                    yield checked
-            if waiting and not replies:
-                time.sleep(POLL_S)
-        self.missing += [self._rounds.name_of(node) for node in waiting.values()]
+        """Each good answer with the norm of its update; the others are named in ``refused`` and ``missing``.
+
+        An answer is the caller's until the next one is asked for: one at a time is in memory.
+        """
+        self._deadline = time.monotonic() + self._rounds.plan.strategy.deadline_s
+        self._n_most = self._roster.n_most()
+        with self._rounds.enclosed(encode_ask(Ask(self._question, self._rounds.seed, self._weights))) as content:
+            self._look(content)
+            self._rounds.tell("asked", self._question, n_sites=self.n_asked)
+            while self._goes_on():
+                replies = list(self._grid.pull_messages(list(self._waiting))) if self._waiting else []
+                is_quiet = not replies
+                while replies:
+                    checked = self._received(replies.pop(0))
+                    if checked is not None:
+                        yield checked
+                    del checked
+                if is_quiet and self._goes_on():
+                    time.sleep(POLL_S)
+                self._look(content)
+        lost = [self._roster.name_of(node) for node, asked in self._asked.items() if not asked.is_done]
+        self.missing += lost + self._roster.absent(self._asked)
         for name in self.missing:
             self._rounds.tell("left out", self._question, site=name, detail="no reply")
 
-    def _checked(self, reply: Message, node: int) -> tuple[Answer, float] | None:
+    def _goes_on(self) -> bool:
+        """Whether another reply may come in time, and is worth waiting for."""
+        now = time.monotonic()
+        if now >= self._deadline:
+            return False
+        if self._waiting or not self._roster.asks_again:
+            return bool(self._waiting)
+        lost = [asked for asked in self._asked.values() if not asked.is_done]
+        if len(self.replied) < self._rounds.plan.strategy.minimum_sites:
+            return bool(lost or self._roster.absent(self._asked))
+        return any(now - asked.lost_at < RETURN_S for asked in lost)
+
+    def _look(self, content: RecordDict) -> None:
+        """Ask who is there and was not asked, or has been away since."""
+        now = time.monotonic()
+        if self._asked and (not self._roster.asks_again or now < self._next_look):
+            return
+        self._next_look = now + self._roster.look_s
+        present = self._roster.present()
+        self._ask(sorted(node for node in present if self._is_due(node, present[node], now)), present, content)
+
+    def _is_due(self, node: int, present: str, now: float) -> bool:
+        asked = self._asked.get(node)
+        if asked is None:
+            return True
+        return not asked.is_done and (asked.present != present or (not asked.messages and now >= asked.not_before))
+
+    def _ask(self, nodes: list[int], present: Mapping[int, str], content: RecordDict) -> None:
+        ttl = self._deadline - time.monotonic()
+        if not nodes or ttl <= 0:
+            return
+        group = str(self._question.round)
+        messages = [Message(content, node, MessageType.QUERY, ttl=ttl, group_id=group) for node in nodes]
+        for node, message_id in zip(nodes, self._grid.push_messages(messages), strict=True):
+            if node in self._asked:
+                self._rounds.tell("asked again", self._question, site=self._roster.name_of(node))
+            asked = self._asked.setdefault(node, _Asked())
+            asked.present = present[node]
+            if message_id:  # Flower gives None for one that it could not take
+                asked.messages.add(message_id)
+                self._waiting[message_id] = node
+            else:
+                self._lose(node, "the message could not be sent")
+
+    def _received(self, reply: Message) -> tuple[Answer, float] | None:
+        """What a reply is worth: a good answer, or nothing."""
+        message_id = reply.metadata.reply_to_message_id
+        if (node := self._waiting.pop(message_id, None)) is None:
+            return None
+        self._asked[node].messages.discard(message_id)
         if reply.has_error():
-            self.missing.append(self._rounds.name_of(node))
+            self._failed(node, reply)
             return None
+        if time.monotonic() > self._deadline:
+            self._leave_out(node, "late")
+            return None
+        return self._checked(reply, node)
+
+    def _failed(self, node: int, reply: Message) -> None:
+        """A reply without an answer: the site is asked again where that can help."""
+        if not self._roster.asks_again:
+            self._done(node)
+            self.missing.append(self._roster.name_of(node))
+            return
+        word = trouble_in(reply)
+        if word in FINAL or reply.error.code == INVALID_BUNDLE:
+            self._leave_out(node, word or "bundle-refused")
+            return
+        asked = self._asked[node]
+        asked.n_failed += word is not None
+        if asked.n_failed >= MOST_TRIES:
+            self._leave_out(node, f"{word}, {asked.n_failed} times")
+        else:
+            self._lose(node, word or f"Flower's error {reply.error.code}")
+
+    def _lose(self, node: int, why: str) -> None:
+        asked = self._asked[node]
+        asked.lost_at = time.monotonic()
+        asked.not_before = asked.lost_at + min(AGAIN_S * 2.0**asked.n_failed, LONGEST_AGAIN_S)
+        log.warning("%s of round %d: %s lost: %s", *self._what(), self._roster.name_of(node), why)
+        self._rounds.tell("lost", self._question, site=self._roster.name_of(node), detail=why)
+
+    def _checked(self, reply: Message, node: int) -> tuple[Answer, float] | None:
         try:
-            answer = decode_answer(unpack(reply))
+            answer = decode_answer(self._rounds.opened(reply))
         except FederadError as error:
-            self._leave_out(self._rounds.name_of(node), error.happened)
+            if error.code == "S188" and self._roster.asks_again:  # the parcel that it names is not there
+                self._lose(node, "its parcel has not arrived")
+            else:
+                self._leave_out(node, error.happened)
             return None
-        self._rounds.learn_name(node, answer.site)
+        if reason := self._roster.fault_of(node, answer.site):
+            self._leave_out(node, reason)
+            return None
         norm = norm_of(answer.update)
         if reason := self._fault(answer, norm):
-            self._leave_out(answer.site, reason)
+            self._leave_out(node, reason)
             return None
+        self._done(node)
+        self.replied.append(answer.site)
         self._rounds.tell("replied", self._question, site=answer.site, metrics=answer.metrics)
         return answer, norm
 
@@ -169,13 +304,25 @@ class Exchange:
             return "trained on no patients"
         if not np.isfinite(norm):
             return "values that are not finite"
-        limit = min(self._rounds.plan.strategy.max_update_norm, largest_norm(self.n_asked, weight))
+        limit = min(self._rounds.plan.strategy.max_update_norm, largest_norm(max(self._n_most, self.n_asked), weight))
         return f"norm {norm:.3g} above the limit of {limit:.3g}" if norm > limit else None
 
-    def _leave_out(self, site: str, reason: str) -> None:
+    def _leave_out(self, node: int, reason: str) -> None:
+        self._done(node)
+        site = self._roster.name_of(node)
         self.refused.append({"site": site, "reason": reason})
-        log.warning("%s of round %d: %s left out: %s", self._question.kind, self._question.round, site, reason)
+        log.warning("%s of round %d: %s left out: %s", *self._what(), site, reason)
         self._rounds.tell("left out", self._question, site=site, detail=reason)
+
+    def _done(self, node: int) -> None:
+        """Nothing more is expected of a node; what else was sent to it is forgotten."""
+        asked = self._asked[node]
+        asked.is_done = True
+        for message_id in asked.messages:
+            self._waiting.pop(message_id, None)
+
+    def _what(self) -> tuple[str, int]:
+        return self._question.kind, self._question.round
 
 
 class Rounds:
@@ -193,6 +340,10 @@ class Rounds:
         federad's own id of the run.
     weights
         Where training starts.
+    roster
+        Who is asked; every node of the grid unless given.
+    depot
+        Where questions and answers lie that are too long for Flower's own channel; without one there are none.
     on_progress
         Told what happens as it happens.
     """
@@ -206,15 +357,18 @@ class Rounds:
         run: str,
         seed: int,
         weights: Weights,
+        roster: Roster | None = None,
+        depot: Depot | None = None,
         on_progress: Callable[[Progress], None] = lambda _: None,
     ) -> None:
         self.plan, self.grid, self.run_id, self.seed = plan, grid, run, seed
+        self.roster = roster or LearntRoster(grid)
+        self._depot = depot
         self._journal = journal
         self._weights = weights
         self._on_progress = on_progress
         self._strategy = strategy_for(plan)
         self._headline = task_for(plan).headline
-        self._names: dict[int, str] = {}
         self._records: list[RoundRecord] = []
         self._best: tuple[float, int] = (-np.inf, 0)
 
@@ -224,11 +378,13 @@ class Rounds:
         Raises
         ------
         FederadError
-            S180 if a round has fewer good replies than the plan's minimum, S181 if no site joins before the deadline.
-            Everything committed before stays in the journal.
+            S180 if a round has fewer good replies than the plan's minimum, S181 if no site joins before the deadline,
+            S197 if the journal is another run's or damaged, S198 if it cannot be written. Everything committed before
+            stays in the journal.
         """
+        self._go_on()
         self._wait_for_sites()
-        for number in range(1, self.plan.rounds + 1):
+        for number in range(len(self._records) + 1, self.plan.rounds + 1):
             self._train(number)
         self._note_validation(self._measure("validate", self.plan.rounds, self._weights))
         best_round = self._best_round()
@@ -239,13 +395,52 @@ class Rounds:
         """Report progress on a question."""
         self._on_progress(Progress(what, question.round, question.kind, **details))
 
-    def name_of(self, node: int) -> str:
-        """The site behind a node, once it has given its name."""
-        return self._names.get(node, f"node {node}")
+    @contextmanager
+    def enclosed(self, data: bytes) -> Iterator[RecordDict]:
+        """The content of a message with ``data``, which lies in the depot while it is needed if it is long."""
+        if self._depot is None or len(data) <= INLINE_LIMIT:
+            yield pack(data)
+            return
+        from shared_models.wire import chunks
 
-    def learn_name(self, node: int, site: str) -> None:
-        """Remember which site a node is."""
-        self._names.setdefault(node, site)
+        reference = Reference(self._depot.put(chunks(data)), len(data))
+        del data
+        try:
+            yield pack_reference(reference)
+        finally:
+            self._depot.drop(reference.sha256)
+
+    def opened(self, reply: Message) -> bytes:
+        """The bytes of a reply; those in the depot stay on the disk, and are gone from it when nobody looks at them.
+
+        Raises
+        ------
+        FederadError
+            S188 if they are not in the depot, M211 if they are not of the length that the reply says.
+        """
+        content = unpack(reply)
+        if not isinstance(content, Reference):
+            return content
+        if self._depot is None:
+            raise _unexpected("it names a parcel, and there is no depot here")
+        with self._depot.path(content.sha256).open("rb") as stream:
+            if stream.seek(0, 2) != content.n_bytes:
+                raise _unexpected(f"its parcel has {stream.tell()} bytes instead of {content.n_bytes}")
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._depot.drop(content.sha256)
+        return cast(bytes, mapped)  # it can be read and cut like bytes, and needs no memory of its own
+
+    def _go_on(self) -> None:
+        """Take up a run where its journal ends; a new journal has nothing to take up."""
+        self._journal.begin(RunIdentity(self.run_id, self.seed, self.plan.sha256))
+        self._records = [RoundRecord(**record) for record in self._journal.records()]
+        if not self._records:
+            return
+        last = self._records[-1]
+        self._weights = self._journal.committed_weights(last.round, last.weights_sha256)
+        for record in self._records[:-1]:  # the last round's weights are validated again, with the next question
+            self._note_best(record)
+        self._on_progress(Progress("resumed", last.round))
 
     def _train(self, number: int) -> None:
         began = time.monotonic()
@@ -259,6 +454,7 @@ class Rounds:
             if "training_loss" in answer.metrics:
                 losses[answer.site] = (answer.metrics["training_loss"], weight)
             answers.append(_without_update(answer))
+            del answer
         self._note_validation(_measured(answers))
         self._require_minimum(exchange, number)
         self._weights = self._strategy.step(self._weights, mean.mean())
@@ -290,11 +486,15 @@ class Rounds:
         record = self._records[-1]
         record.validation, record.per_site = measured.mean, measured.per_site
         self._journal.amend(record.round, asdict(record))
-        self._best = max(self._best, (measured.mean[self._headline], record.round))
+        self._note_best(record)
+
+    def _note_best(self, record: RoundRecord) -> None:
+        if record.validation is not None:
+            self._best = max(self._best, (record.validation[self._headline], record.round))
 
     def _best_round(self) -> int:
-        """The round with the best validation; the last one where nobody has validation patients."""
-        return self._best[1] or self.plan.rounds
+        """The round whose weights are released; the last one where nobody has validation patients."""
+        return self.plan.rounds if self.plan.strategy.release == "last" else self._best[1] or self.plan.rounds
 
     def _require_minimum(self, exchange: Exchange, number: int) -> None:
         if len(exchange.replied) >= self.plan.strategy.minimum_sites:
@@ -317,17 +517,26 @@ class Rounds:
         """Until the minimum is there: Flower's engine shows no node in the first moments of a run."""
         deadline = time.monotonic() + self.plan.strategy.deadline_s
         needed = self.plan.strategy.minimum_sites
-        while len(list(self.grid.get_node_ids())) < needed:
+        while (n_present := len(self.roster.present())) < needed:
             if time.monotonic() > deadline:
                 raise FederadError(
                     "S181",
-                    happened=f"{len(list(self.grid.get_node_ids()))} of at least {needed} sites have joined within "
+                    happened=f"{n_present} of at least {needed} sites have joined within "
                     f"{self.plan.strategy.deadline_s:g} s.",
                     because="The plan does not start with fewer.",
                     remedies=("start the sites that are missing", "or lower minimum_sites under [strategy]"),
                 )
             self._on_progress(Progress("waiting", 0, n_sites=needed))
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, self.roster.look_s))
+
+
+def _unexpected(what: str) -> FederadError:
+    return FederadError(
+        "M211",
+        happened=f"A reply cannot be read: {what}.",
+        because="It is damaged, or was written by something other than federad.",
+        remedies=("check that both sides run the same version of federad", "the site is left out of this round"),
+    )
 
 
 def _without_update(answer: Answer) -> Answer:

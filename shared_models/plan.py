@@ -141,6 +141,11 @@ class StrategyTable(_Table):
         le=1000,
         description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)',
     )
+    release: Literal["best", "last"] = Field(
+        default="best",
+        description='the model that is tested and released: "best" by validation, or the "last", as a falling schedule '
+        "wants where few patients validate",
+    )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
     )

@@ -11,7 +11,7 @@ import logging  # noqa: E402
 import shlex  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Any  # noqa: E402
+from typing import Annotated, Any, cast, get_args  # noqa: E402
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -45,7 +45,7 @@ def run(
     out: Out,
     sites: Sites = None,
     data: Annotated[Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")] = None,
-    engine: Annotated[str, typer.Option("--engine", help="in-process or ray.")] = "in-process",
+    engine: Annotated[str, typer.Option("--engine", help="in-process, ray or deployment.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,
     compare: Annotated[bool, typer.Option(help="Train the central and the local models too.")] = True,
@@ -53,14 +53,14 @@ def run(
 ) -> None:
     """Run a plan on emulated hospitals, or on real images, and write a report."""
     from shared_models.plan import Plan
-    from simulation.engine import Execution, usable_cpus
+    from simulation.engine import Engine, Execution, usable_cpus
     from simulation.run import Request, impossible, simulate
 
-    if engine not in ("in-process", "ray"):
+    if engine not in get_args(Engine):
         raise impossible(
             f"There is no engine {engine!r}.",
             "An engine is a way to execute a plan.",
-            "--engine in-process or --engine ray",
+            f"--engine {', --engine '.join(get_args(Engine))}",
         )
     request = Request(
         plan=Plan.load(plan),
@@ -68,7 +68,7 @@ def run(
         n_sites=sites,
         data=data,
         seed=seed,
-        execution=Execution("ray" if engine == "ray" else "in-process", workers or usable_cpus()),
+        execution=Execution(cast("Engine", engine), workers or usable_cpus(), out.absolute() / "deployment"),
         compare=compare,
         command=command_line(),
     )

@@ -21,7 +21,7 @@ from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import initial_weights
 
-Engine = Literal["in-process", "ray"]
+Engine = Literal["in-process", "ray", "deployment"]
 
 FLOWER_RUN_ID = 1
 """Flower's id of a simulated run; federad's own is a word."""
@@ -33,6 +33,8 @@ class Execution:
 
     engine: Engine = "in-process"
     workers: int = 1
+    staging: Path = Path("deployment")
+    """Where the engine ``deployment`` stages its consortium; made anew for each run."""
 
 
 def run_rounds(
@@ -49,8 +51,13 @@ def run_rounds(
     Raises
     ------
     FederadError
-        S180 to S182 from the round loop; what was committed stays in ``journal``.
+        S180 to S182 from the round loop; what was committed stays in ``journal``. R234 to R236 if the engine cannot be
+        used.
     """
+    if execution.engine == "deployment":
+        from simulation.deployment import run_deployed
+
+        return run_deployed(plan, stations, journal, seed=seed, folder=execution.staging, on_progress=on_progress)
     outcomes: list[Outcome] = []
     run = f"{plan.name}-{uuid4().hex[:12]}"
 

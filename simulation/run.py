@@ -244,6 +244,7 @@ def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
 def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str, Any]:
     """The part of a result that the rounds gave; the released weights go to ``model.safetensors``."""
     header = {"plan": json.loads(request.plan.canonical_json()), "round": outcome.best_round}
+    validated = any(record.validation for record in outcome.records)
     (folder / "model.safetensors").write_bytes(encode(outcome.best, json.dumps(header, sort_keys=True)))
     per_site: dict[str, dict[str, Any]] = {
         site: {**metrics, "patients": outcome.test.patients[site]} for site, metrics in outcome.test.per_site.items()
@@ -251,7 +252,7 @@ def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str
     return {
         "rounds": [asdict(record) for record in outcome.records],
         "best_round": outcome.best_round,
-        "released": "best" if any(record.validation for record in outcome.records) else "last",
+        "released": "best" if request.plan.strategy.release == "best" and validated else "last",
         "test": {**outcome.test.mean, "per_site": per_site} if outcome.test.mean else None,
         "weights_sha256": weights_sha256(outcome.last),
         "released_sha256": weights_sha256(outcome.best),

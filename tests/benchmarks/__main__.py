@@ -52,10 +52,7 @@ def engines(console: Console) -> dict[str, Any]:
     """Overhead and memory of the engines."""
     with tempfile.TemporaryDirectory() as folder:
         measure("hospitals", folder)
-        rows = [
-            measure("engine", engine, n, folder)
-            for engine, n in track(ENGINES, "engines", console=console)
-        ]
+        rows = [measure("engine", engine, n, folder) for engine, n in track(ENGINES, "engines", console=console)]
     table = Table(title="CPU outside training / CPU of training, one worker, first round left out")
     for column in ("engine", "sites", "training CPU s", "overhead", "target", "peak MB"):
         table.add_column(column, justify="right")

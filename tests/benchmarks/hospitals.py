@@ -1,6 +1,7 @@
 """Sites for the benchmarks: one emulated hospital, prepared once, behind any number of names.
 
-``python -m tests.benchmarks.hospitals FOLDER`` prepares it in a process of its own, so that no engine's peak memory holds it.
+``python -m tests.benchmarks.hospitals FOLDER`` prepares it in a process of its own, so that no engine's peak memory
+holds it.
 """
 
 from __future__ import annotations

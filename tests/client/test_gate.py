@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from client.gate import Gate, Kind, Release
+from client.gate import TICKS, Gate, Kind, NoticeKind, Release, StatusWord
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, decode_answer
 from shared_models.weights import decode
@@ -132,3 +132,66 @@ class TestRefuse:
         """
         with pytest.raises(FederadError, match="C147"):
             gate.refuse(QUESTION, "no scan of Jane Doe")
+
+
+class TestNotice:
+    @pytest.mark.parametrize("word", get_args(StatusWord))
+    def test_word_of_the_list_leaves(self, gate, word):
+        """
+        A status is one word about a plan and a run, and nothing else.
+        """
+        notice = gate.notice(Release("status", {"word": word}), plan_sha256="c" * 64, run="run-1")
+
+        assert (notice.word, notice.plan_sha256, notice.run) == (word, "c" * 64, "run-1")
+        assert (notice.round, notice.done, notice.total) == (0, 0, 0)
+        assert notice.kind == {"started": "status"}.get(word, word)
+
+    @pytest.mark.parametrize("tick", range(TICKS + 1))
+    def test_tenth_of_a_round_leaves(self, gate, tick):
+        """
+        Progress is a tenth, whatever the number of steps.
+        """
+        notice = gate.notice(Release("progress", {"round": 3, "tick": tick}), plan_sha256="c" * 64, run="run-1")
+
+        assert (notice.kind, notice.round, notice.done, notice.total) == ("progress", 3, tick, TICKS)
+        assert notice.word == ""
+
+    def test_list_of_kinds_is_the_one_that_was_agreed(self):
+        """
+        A new kind of notice, or a new word, is a decision: it changes this list.
+        """
+        assert get_args(NoticeKind) == ("status", "progress")
+        assert get_args(StatusWord) == ("approved", "refused", "started")
+
+    @pytest.mark.parametrize(
+        "release",
+        [
+            Release("status", {"word": "Jane Doe"}),
+            Release("status", {"word": "approved", "more": 1}),
+            Release("status", {}),
+            Release("progress", {"round": 1, "tick": TICKS + 1}),
+            Release("progress", {"round": 1, "tick": 0.5}),
+            Release("progress", {"round": 1, "tick": -1}),
+            Release("progress", {"round": 1, "tick": True}),
+            Release("progress", {"round": 1, "tick": 1, "patients": 7}),
+            Release("progress", {"round": 1}),
+            Release("metric", {"dice": 1.0}),
+            Release("update", {}),
+            Release(None, {"word": "approved"}),
+        ],
+    )
+    def test_anything_else_is_stopped(self, gate, release):
+        """
+        Another word, a finer tick, a number of patients, a kind for answers: C147, and no value in the message.
+        """
+        with pytest.raises(FederadError, match="C147") as error:
+            gate.notice(release)
+        assert "Jane" not in str(error.value)
+
+    @pytest.mark.parametrize("kind", get_args(NoticeKind))
+    def test_notice_is_no_answer(self, gate, kind):
+        """
+        What leaves in a notice does not leave in an answer.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.release(QUESTION, [Release(kind, {"word": "approved"})])

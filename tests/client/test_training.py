@@ -447,3 +447,20 @@ class TestLabelless:
 
         with pytest.raises(ValueError, match="reference"):
             trained(plan, cohort)
+
+
+class TestProgress:
+    @pytest.mark.parametrize("epochs", [1, 3])
+    def test_every_step_is_told_and_changes_nothing(self, epochs):
+        """
+        Whoever listens hears each step of the steps there are, and the update is the same as without a listener.
+        """
+        plan = plan_with({"epochs": epochs})
+        cohort = cohort_of(plan)
+        told: list[tuple[int, int]] = []
+        heard = trained(plan, cohort, on_progress=lambda done, total: told.append((done, total)))
+        unheard = trained(plan, cohort)
+
+        n_steps = epochs * 3  # 4 patients of 2 samples each make 8, in batches of 3
+        assert told == [(step, n_steps) for step in range(1, n_steps + 1)]
+        assert all(heard.update[name].tobytes() == unheard.update[name].tobytes() for name in heard.update)

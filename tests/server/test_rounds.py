@@ -67,6 +67,27 @@ class TestRun:
         assert dice[outcome.best_round] == max(dice.values())
         assert weights_sha256(outcome.best) == weights_sha256(journal.weights(outcome.best_round))
 
+    @pytest.mark.parametrize(("release", "round_"), [("best", 1), ("last", 2)])
+    def test_plan_says_whether_the_best_or_the_last_model_is_released(
+        self, smoke_plan, stations, tmp_path, start, release, round_
+    ):
+        """
+        Where the last round validates worst, "best" releases the one before, and "last" the last all the same.
+        """
+        strategy = smoke_plan.strategy.model_copy(update={"release": release})
+        plan = smoke_plan.model_copy(update={"strategy": strategy})
+        sites = opened(stations)
+        for site in sites:
+            site.approve(plan)
+
+        def worse_at_the_end(answer):
+            dice = 0.1 if answer.question.kind == "validate" else 0.9
+            return replace(answer, metrics=dict(answer.metrics, dice=dice))
+
+        outcome, _ = run(plan, ListGrid([TamperedStation(s, worse_at_the_end) for s in sites]), tmp_path, start)
+
+        assert outcome.best_round == round_
+
 
 BAD = {
     "not a number": (largest_array(lambda a: a * np.nan), "not finite"),

@@ -56,6 +56,7 @@ FULL: Tables = {
         "deadline_s": 600.0,
         "proximal_mu": 0.01,
         "max_update_norm": 500.0,
+        "release": "last",
     },
     "simulation": {
         "patients": 12,

@@ -1,0 +1,640 @@
+"""``federad-site``: take part in a consortium with this hospital's data."""
+
+from __future__ import annotations
+
+import os
+
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_OFFLINE": "1",
+}.items():  # nothing here calls home; set before the packages underneath are imported
+    os.environ.setdefault(_name, _value)
+
+import json  # noqa: E402
+import logging  # noqa: E402
+import shlex  # noqa: E402
+import signal  # noqa: E402
+import stat  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Annotated, Any  # noqa: E402
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.markup import escape  # noqa: E402
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from client.folder import SiteFolder, become_owner, cannot, name_of, owner_of  # noqa: E402
+from client.processes import holder  # noqa: E402
+from shared_models.errors import FederadError  # noqa: E402
+
+TYPER_INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
+
+UP_S = 90.0
+"""How long ``start`` waits for both processes on a busy machine [s]."""
+
+STOP_S = 60.0
+"""How long ``stop`` waits before it stops being polite [s]."""
+
+app = typer.Typer(
+    help="Take part in a consortium with this hospital's data; scans stay here.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+audit_app = typer.Typer(help="What has left this hospital, and what was refused.", no_args_is_help=True)
+app.add_typer(audit_app, name="audit")
+
+Site = Annotated[
+    Path | None,
+    typer.Option("--site", help="The site's folder; else $FEDERAD_SITE, the current folder, or ./federad-site."),
+]
+Data = Annotated[Path | None, typer.Option("--data", help="Folder with this site's images; it is only read.")]
+PlanName = Annotated[str, typer.Argument(metavar="PLAN", help="Its name, or the first characters of its hash.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The site's folder.")],
+    name: Annotated[str, typer.Option("--name", help="What this site is called in the consortium.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder with this site's images; it is only read.")],
+    as_json: AsJson = False,
+) -> None:
+    """Make the site's folder without joining a consortium yet; enrol makes one too."""
+    folder = SiteFolder(directory.absolute())
+    _make_site(folder, name, data)
+    _show(
+        folder,
+        {"site": name, "folder": str(folder.root)},
+        f"The site {escape(name)} is in {escape(str(folder.root))}.",
+        "enrol INVITATION",
+        as_json,
+    )
+
+
+@app.command()
+def enrol(
+    invitation: Annotated[
+        str | None, typer.Argument(metavar="INVITATION", help="The line from the operator, or a file that holds it.")
+    ] = None,
+    data: Data = None,
+    site: Site = None,
+    request: Annotated[
+        Path | None, typer.Option("--request", help="Without a network: write the request for the operator here.")
+    ] = None,
+    reply: Annotated[Path | None, typer.Option("--reply", help="Without a network: the operator's reply.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Join a consortium; this site's keys are made here and never leave."""
+    from client import enrolment
+
+    folder = SiteFolder.find(site)
+    if reply is not None:
+        folder.require()
+        _joined(folder, enrolment.take_reply(folder.courier, _read_reply(reply)), as_json)
+        return
+    if invitation is None:
+        raise cannot("No invitation was given.", "It says where the consortium is.", "ask the operator for one")
+    read = enrolment.read_invitation(invitation)
+    _make_site(folder, read.site, data)
+    if request is None:
+        _joined(folder, enrolment.enrol(read, folder.courier), as_json)
+        return
+    _write(request, enrolment.make_request(read, folder.courier).encode())
+    _show(
+        folder,
+        {"site": read.site, "folder": str(folder.root), "request": str(request)},
+        f"Send {escape(str(request))} to the operator of {escape(read.consortium)}; no key is in it.",
+        "enrol --reply FILE",
+        as_json,
+    )
+
+
+@app.command()
+def check(
+    site: Site = None,
+    part: Annotated[str | None, typer.Option("--part", hidden=True)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether all is in order: data, clock, connection, keys."""
+    from client.checks import Check, run_check, run_checks
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    if part is not None:
+        become_owner(folder.root / part)
+        print(json.dumps([one.as_json() for one in run_check(folder, part)]))
+        return
+    results: list[Check] = run_checks(folder)
+    if as_json:
+        print(json.dumps([one.as_json() for one in results]))
+    else:
+        for one in results:
+            mark = "[green]ok[/]  " if one.error is None else f"[red]{one.error['error']}[/]"
+            print_line(f"{mark}  {escape(one.name):<12} {escape(one.text)}")
+    wrong = [one for one in results if one.error is not None]
+    if wrong:
+        raise _from_json(wrong[0].error or {})
+    if not as_json:
+        _next(folder, "plans" if holder(folder.courier / "process.lock") else "start")
+
+
+@app.command()
+def start(
+    site: Site = None,
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay here until Ctrl-C; for containers.")] = False,
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Computing threads of the station; 0 for as many as there are.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Start the station and the courier."""
+    from client.link import Membership
+    from client.supervisor import supervise
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    member = Membership.load(folder.courier)
+    _require_rights(folder)
+    if foreground:
+        _log_to_stderr()
+        supervise(folder, threads=threads)
+        return
+    if (other := holder(folder.lock)) is not None:
+        raise FederadError(
+            "C156",
+            happened=f"This site is started already: process {other}.",
+            because="Two of it would answer the same questions.",
+            remedies=("federad-site status shows how it is", "federad-site stop ends it"),
+        )
+    _start_in_background(folder, threads)
+    state = _wait_until_up(folder)
+    trouble = (state["courier"] or {}).get("trouble")
+    text = f"The station of {escape(member.site)} and its courier are running."
+    if trouble:
+        text += f"\n[yellow]{_told(trouble)}[/] It is tried again by itself."
+    else:
+        text += f" {escape(member.name)} at {escape(member.host)}:{member.port} is reached."
+    _show(folder, {**state, "site": member.site}, text, "plans", as_json)
+
+
+@app.command()
+def status(site: Site = None, as_json: AsJson = False) -> None:
+    """Show what is running and how it is."""
+    folder = SiteFolder.find(site)
+    folder.require()
+    state = _state(folder)
+    if as_json:
+        print(json.dumps(state))
+        return
+    station, courier = state["station"], state["courier"]
+    if station is None:
+        print_line("station   [red]not running[/]")
+    else:
+        busy = station.get("busy")
+        doing = f"{busy['kind']}, round {busy['round']} of {busy['run']}" if busy else "waiting for questions"
+        print_line(f"station   [green]running[/], {escape(doing)}")
+    if courier is None:
+        print_line("courier   [red]not running[/]")
+    else:
+        print_line(
+            f"courier   [green]running[/], consortium last reached {escape(str(courier.get('connected') or 'never'))}"
+        )
+        if trouble := courier.get("trouble"):
+            print_line(f"          [yellow]{_told(trouble)}[/]")
+    _next(folder, "plans" if station else "start")
+
+
+@app.command()
+def stop(site: Site = None, as_json: AsJson = False) -> None:
+    """Stop the station and the courier; a round in progress is given up, and asked for again later."""
+    folder = SiteFolder.find(site)
+    folder.require()
+    pid = holder(folder.lock)
+    if pid is not None:
+        _end(folder, pid)
+    _show(folder, {"stopped": pid is not None}, "Stopped." if pid else "It was not running.", "start", as_json)
+
+
+@app.command()
+def plans(site: Site = None, as_json: AsJson = False) -> None:
+    """List the plans that the operator offers, and what was decided here."""
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    listed = station.plans()
+    if as_json:
+        print(
+            json.dumps(
+                [
+                    {
+                        "name": one.plan.name,
+                        "sha256": one.plan.sha256,
+                        "state": one.state,
+                        "run": one.run,
+                        "issued": one.issued,
+                        "plan": one.plan.model_dump(mode="json"),
+                    }
+                    for one in listed
+                ]
+            )
+        )
+        return
+    if not listed:
+        print_line("No plan has been offered yet.")
+        _next(folder, "status")
+        return
+    table = Table()
+    for column in ("plan", "hash", "task", "rounds", "offered", "here"):
+        table.add_column(column)
+    for one in listed:
+        kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.labels[1:])}"
+        table.add_row(one.plan.name, one.plan.sha256[:12], kind, str(one.plan.rounds), one.issued, one.state)
+    Console().print(table)
+    waiting = [one.plan.name for one in listed if one.state == "offered"]
+    if waiting:
+        _next(folder, f"approve {waiting[0]}", f"refuse {waiting[0]}")
+
+
+@app.command()
+def approve(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
+    """Let a plan train here: looks through the data and prepares it."""
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    chosen = station.plan_named(plan)
+    with _bar(f"preparing images for {chosen.plan.name}", as_json) as step:
+        cohort = station.approve(chosen.plan, step)
+    patients = {split: len(cohort.patients(split)) for split in ("train", "validation", "test")}
+    _show(
+        folder,
+        {"plan": chosen.plan.name, "sha256": chosen.plan.sha256, "state": "approved", "patients": patients},
+        f"{chosen.plan.name} ({chosen.plan.sha256[:12]}) may train here, on {patients['train']} patients, "
+        f"with {patients['validation']} for validation and {patients['test']} for test.",
+        "status",
+        as_json,
+    )
+
+
+@app.command()
+def refuse(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
+    """Do not let a plan train here, or no more."""
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    chosen = station.plan_named(plan)
+    station.refuse(chosen.plan)
+    _show(
+        folder,
+        {"plan": chosen.plan.name, "sha256": chosen.plan.sha256, "state": "refused"},
+        f"{chosen.plan.name} ({chosen.plan.sha256[:12]}) does not train here.",
+        "plans",
+        as_json,
+    )
+
+
+@audit_app.command("verify")
+def audit_verify(site: Site = None, as_json: AsJson = False) -> None:
+    """Check that no line of the audits was changed, taken out or moved."""
+    from client.audit import FILE, AuditLog
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    heads = {}
+    for name in ("station", "courier"):
+        head = _reading(folder.root / name, AuditLog(folder.root / name / FILE).verify)
+        heads[name] = {"lines": head.n, "head": head.hash}
+    lines = ["Note the heads down elsewhere: with them, a rewritten audit is found out later."]
+    lines += [f"{name:<8} {head['lines']:>6} lines, whole; head {head['head']}" for name, head in heads.items()]
+    _show(folder, heads, "\n".join(lines), "status", as_json)
+
+
+@app.command(hidden=True)
+def station(site: Site = None, threads: Annotated[int, typer.Option("--threads", min=0)] = 0) -> None:
+    """Be the station, until SIGTERM; for systemd."""
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.station)
+    _log_to_file(folder.station / "logs" / "station.log")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    from client.service import serve
+
+    serve(folder.station, folder.socket)
+
+
+@app.command(hidden=True)
+def courier(site: Site = None) -> None:
+    """Be the courier, until SIGTERM; for systemd."""
+    from client.courier import carry
+
+    folder = SiteFolder.find(site)
+    become_owner(folder.courier)
+    _log_to_file(folder.courier / "logs" / "courier.log")
+    carry(folder.courier, folder.socket)
+
+
+def main() -> None:
+    """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    as_json = "--json" in sys.argv
+    try:
+        if app(standalone_mode=False) == TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+    except FederadError as error:
+        sys.exit(tell(error, as_json))
+    except (KeyboardInterrupt, typer.Abort):
+        stopped = FederadError(
+            "R233",
+            happened="Stopped by the user.",
+            because="What was done until then is kept; processes that were started go on.",
+            remedies=("run the same command again: it goes on from there", "federad-site status shows what is running"),
+        )
+        sys.exit(tell(stopped, as_json))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's own usage errors have one
+            raise
+        sys.exit(tell(usage_error(error), as_json))
+
+
+def usage_error(error: Any) -> FederadError:
+    """A mistake on the command line as a numbered error."""
+    return cannot(
+        str(error.format_message()),
+        "The command cannot tell what is wanted.",
+        "federad-site --help",
+        "federad-site COMMAND --help",
+    )
+
+
+def tell(error: FederadError, as_json: bool) -> int:
+    """Print an error where its reader looks, and return the exit status."""
+    if as_json:
+        print(json.dumps(error.as_json()))
+    print(error, file=sys.stderr)
+    return error.exit_status
+
+
+def print_line(text: str) -> None:
+    """A line for the terminal, as long as it is."""
+    Console(soft_wrap=True, highlight=False).print(text)
+
+
+def _show(folder: SiteFolder, result: dict[str, Any], text: str, then: str, as_json: bool) -> None:
+    """What a command did, and which comes next."""
+    if as_json:
+        print(json.dumps({**result, "next": _command(folder, then)}))
+        return
+    print_line(text)
+    _next(folder, then)
+
+
+def _next(folder: SiteFolder, *then: str) -> None:
+    """The commands that may come next, as they are typed here."""
+    for number, command in enumerate(then):
+        print_line(f"[dim]{'or' if number else 'next':>5}:[/]  {escape(_command(folder, command))}")
+
+
+def _command(folder: SiteFolder, command: str) -> str:
+    """A command about this folder: it says where that is, unless it would be found."""
+    found = SiteFolder.find(None).root == folder.root
+    return f"federad-site {command}" + ("" if found else f" --site {shlex.quote(str(folder.root))}")
+
+
+@contextmanager
+def _bar(title: str, quiet: bool) -> Iterator[Any]:
+    """A progress bar on the error stream; gives what is to be told (done, in all)."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True, quiet=quiet),
+    )
+    with bars:
+        bar = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+def _make_site(folder: SiteFolder, name: str, data: Path | None) -> None:
+    """The site's folder, with its configuration; what is there already stays."""
+    from client.site import SiteConfig
+
+    if folder.is_made:
+        _require_rights(folder)
+        config = SiteConfig.load(folder.station)
+        if config.name != name:
+            raise cannot(
+                f"{folder.root} is the folder of {config.name}, and this is about {name}.",
+                "A folder belongs to one site for ever, since its secret decides which patients are in the test.",
+                "for a second site, choose a second folder: --site FOLDER, or set FEDERAD_SITE",
+            )
+        return
+    if data is None or not data.is_dir():
+        raise cannot(
+            "--data is missing." if data is None else f"There is no folder {data}.",
+            "This site's images are read from there.",
+            "--data DIR, the folder with DICOM files",
+        )
+    try:
+        config = SiteConfig(name=name, data=str(data.absolute()))
+    except ValueError:
+        raise cannot(
+            f"{name!a} cannot be the name of a site.",
+            "It appears in logs, tables and file names.",
+            "use letters, digits, points, hyphens and underscores, and begin with a letter or digit",
+        ) from None
+    from client.station import Station
+
+    folder.make()
+    Station.create(folder.station, config)
+    folder.hand_over(folder.station)
+
+
+def _joined(folder: SiteFolder, member: Any, as_json: bool) -> None:
+    from client.plans import Plans
+
+    Plans(folder.station).trust(member.name, member.plan_key_pem)
+    _show(
+        folder,
+        {"site": member.site, "consortium": member.name, "folder": str(folder.root)},
+        f"{escape(member.site)} has joined {escape(member.name)} at {escape(member.host)}:{member.port}.",
+        "start",
+        as_json,
+    )
+
+
+def _read_reply(path: Path) -> Any:
+    from shared_models.consortium import EnrolReply
+
+    try:
+        return EnrolReply.decode(path.read_bytes())
+    except OSError as error:
+        raise cannot(
+            f"{path} cannot be read ({error.strerror}).", "It should hold the reply.", "check the path"
+        ) from None
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise cannot(
+            f"{path} cannot be written ({error.strerror}).", "The request goes there.", "choose another"
+        ) from None
+
+
+def _station(folder: SiteFolder) -> Any:
+    """The station, opened under its own account."""
+    from client.station import Station
+
+    folder.require()
+    become_owner(folder.station)
+    return Station(folder.station)
+
+
+def _require_rights(folder: SiteFolder) -> None:
+    """This process can start both others under their accounts; C163 if not."""
+    for part in (folder.station, folder.courier):
+        if os.geteuid() not in (0, owner_of(part)):
+            raise cannot(
+                f"{part} belongs to {name_of(owner_of(part))}, and this command runs as {name_of(os.geteuid())}.",
+                "The station and the courier each work under the account that their folder belongs to.",
+                "run it as root: sudo federad-site ...",
+            )
+
+
+def _reading(folder: Path, read: Any) -> Any:
+    try:
+        return read()
+    except FederadError:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise cannot(
+                f"{folder} may not be looked into by {name_of(os.geteuid())}.",
+                "Its audit is for this hospital's own people.",
+                "run it as root: sudo federad-site audit verify",
+            ) from None
+        raise
+
+
+def _start_in_background(folder: SiteFolder, threads: int) -> None:
+    from client.supervisor import command
+
+    folder.logs.mkdir(exist_ok=True)
+    with (folder.logs / "site.log").open("ab") as log_file:
+        subprocess.Popen(  # noqa: S603  # our own command
+            [*command(), "start", "--foreground", "--site", str(folder.root), "--threads", str(threads)],
+            stdin=subprocess.DEVNULL,
+            stdout=log_file,
+            stderr=log_file,
+            cwd=folder.root,
+            start_new_session=True,
+        )
+
+
+def _wait_until_up(folder: SiteFolder) -> dict[str, Any]:
+    """Until the station answers and the courier has been to the consortium, or knows why it cannot."""
+    from client.stub import not_answering
+
+    deadline = time.monotonic() + UP_S
+    with Console(stderr=True).status("starting"):
+        while time.monotonic() < deadline:
+            time.sleep(0.3)
+            state = _state(folder)
+            courier = state["courier"]
+            if state["station"] and courier and (courier["connected"] or _lasting(courier["trouble"])):
+                return state
+    if state["station"] is None:
+        raise not_answering(folder.socket)
+    return state
+
+
+def _lasting(trouble: dict[str, Any] | None) -> bool:
+    """Trouble that does not come from the station still being on its way."""
+    return trouble is not None and trouble["error"] != "C158"
+
+
+def _state(folder: SiteFolder) -> dict[str, Any]:
+    return {"folder": str(folder.root), "station": _station_state(folder), "courier": _courier_state(folder)}
+
+
+def _station_state(folder: SiteFolder) -> dict[str, Any] | None:
+    from client.stub import StationAwayError, StationStub
+
+    if not folder.socket.exists():
+        return None
+    try:
+        with StationStub(folder.socket) as stub:
+            return stub.status()
+    except (StationAwayError, FederadError, OSError):
+        return None
+
+
+def _courier_state(folder: SiteFolder) -> dict[str, Any] | None:
+    from client.courier import LOCK, STATUS
+
+    try:
+        pid = holder(folder.courier / LOCK)
+        state = json.loads((folder.courier / STATUS).read_bytes())
+        return state if isinstance(state, dict) and state.get("pid") == pid else None
+    except (OSError, ValueError):
+        return None
+
+
+def _end(folder: SiteFolder, pid: int) -> None:
+    for number, wait_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5.0)):
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return
+        except PermissionError:
+            raise cannot(
+                f"Process {pid} belongs to somebody else.", "Only its owner may end it.", "sudo federad-site stop"
+            ) from None
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline:
+            if holder(folder.lock) != pid:
+                return
+            time.sleep(0.1)
+
+
+def _told(trouble: dict[str, Any]) -> str:
+    return escape(f"{trouble['error']}  {trouble['happened']}")
+
+
+def _from_json(parts: dict[str, Any]) -> FederadError:
+    return FederadError(
+        parts["error"], happened=parts["happened"], because=parts["because"], remedies=parts["remedies"]
+    )
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, force=True)
+
+
+def _log_to_file(path: Path) -> None:
+    """This process's log: a file of limited size, and the error stream for whoever watches."""
+    from logging.handlers import RotatingFileHandler
+
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    handlers: list[logging.Handler] = [RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")]
+    if not stat.S_ISREG(os.fstat(sys.stderr.fileno()).st_mode):  # a file would grow without end
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=handlers, force=True)
+    logging.Formatter.converter = time.gmtime
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+
+_FORMAT = "%(asctime)sZ %(levelname)s %(name)s: %(message)s"
+
+
+if __name__ == "__main__":
+    main()
