@@ -1,7 +1,7 @@
 """What a federation is compared with: one model of all data in one place, and each hospital's own model.
 
-All start from the same weights, take as many passes over as many patients with the same loop, and keep the round with
-the best validation, as the federation does. Only where the data lies differs.
+All start from the same weights, take as many passes over as many patients with the same loop, and keep the best round by
+validation or the last, as the plan says for the federation. Only where the data lies differs.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ class TestPatient:
 
 
 def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str) -> Weights:
-    """The weights with the best validation among the plan's rounds of training on one cohort; the last without any."""
+    """The weights that the plan's ``release`` chooses among its rounds on one cohort; the last without validation."""
     weights = initial_weights(trainer.task.build_network, seed)
     best, best_value = weights, float("-inf")
-    has_validation = bool(cohort.patients("validation"))
+    chooses = plan.strategy.release == "best" and bool(cohort.patients("validation"))
     for round_ in range(1, plan.rounds + 1):
         update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
         weights = {key: weights[key] + update[key] for key in weights}
-        if has_validation:
+        if chooses:
             measured = mean_metrics(list(trainer.measure(weights, cohort, "validation").values()))
             value = measured[trainer.task.headline]
         else:
