@@ -257,7 +257,14 @@ def plans(site: Site = None, as_json: AsJson = False) -> None:
         table.add_column(column)
     for one in listed:
         kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.labels[1:])}"
-        table.add_row(one.plan.name, one.plan.sha256[:12], kind, str(one.plan.rounds), one.issued, one.state)
+        table.add_row(
+            one.plan.name,
+            one.plan.sha256[:12],
+            kind,
+            str(one.plan.rounds),
+            one.issued[:16].replace("T", " "),
+            one.state,
+        )
     Console().print(table)
     waiting = [one.plan.name for one in listed if one.state == "offered"]
     if waiting:

@@ -16,6 +16,7 @@ import copy
 import importlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Releas
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
 TOLERANCE = 1e-4
-"""Largest difference from our own output that passes, in units of its largest logit and at least of 1."""
+"""Largest error of an export [logits]; see :func:`check`."""
 
 MAX_BATCH = 4096
 MAX_SIDE = 65_536
@@ -58,7 +59,7 @@ def export(release: Release, target: Path) -> float:
     Returns
     -------
     float
-        Largest difference from our own output that was found [logits].
+        Largest error that the check found [logits].
     """
     write = export_onnx if target.suffix.lower() == ONNX_SUFFIX else export_monai_bundle
     return write(release, target)
@@ -73,7 +74,7 @@ def export_onnx(release: Release, file: Path) -> float:
     Returns
     -------
     float
-        Largest difference from our own output over all checks [logits].
+        Largest error that the check found [logits].
 
     Raises
     ------
@@ -114,7 +115,7 @@ def export_monai_bundle(release: Release, folder: Path, *, with_pickle: bool = T
     Returns
     -------
     float
-        Largest difference from our own output over all checks [logits].
+        Largest error that the check found [logits].
 
     Raises
     ------
@@ -185,28 +186,34 @@ def _careful(network: nn.Module) -> nn.Module:
 
 
 def check(network: nn.Module, plan: Plan, exported: Run, what: str) -> float:
-    """The largest difference between both outputs over images of several sizes, batches and contents [logits].
+    """Largest error of an export over images of several sizes, batches and contents [logits].
+
+    An error is the distance from the network's output in double precision. Our own output in float32 has one, too: below
+    1e-5 on most images, above 1e-4 on a black one, where nearly constant channels are divided by almost nothing.
 
     Raises
     ------
     FederadError
-        S205 if it is above :data:`TOLERANCE`, or either output is not finite.
+        S205 if an error is above :data:`TOLERANCE` and above twice our own, or an output is not finite.
     """
+    exact = copy.deepcopy(network).double()
     worst = 0.0
     for image in _check_images(plan):
         with torch.inference_mode():
             ours = network(torch.from_numpy(image)).numpy()
+            truth = exact(torch.from_numpy(image).double()).numpy()
         theirs = exported(image)
         if theirs.shape != ours.shape:
             raise _different(what, f"for an image of {image.shape} it gives {theirs.shape} instead of {ours.shape}")
+        if not np.isfinite(ours).all():
+            raise _different(what, f"for an image of {image.shape} the released model itself gives no finite output")
         with np.errstate(invalid="ignore"):
-            largest, difference = float(np.abs(ours).max()), float(np.abs(ours - theirs).max())
-        if not np.isfinite(largest) or not difference <= TOLERANCE * max(1.0, largest):
+            error, our_own = (float(np.abs(output - truth).max()) for output in (theirs, ours))
+        if not error <= max(TOLERANCE, 2 * our_own):
             raise _different(
-                what,
-                f"for an image of {image.shape} the outputs differ by {difference:.3g}, the largest is {largest:.3g}",
+                what, f"for an image of {image.shape} it is wrong by {error:.3g}, our own by {our_own:.3g}"
             )
-        worst = max(worst, difference)
+        worst = max(worst, error)
     return worst
 
 
@@ -488,6 +495,7 @@ def _bundle_page(plan: Plan, *, with_pickle: bool) -> str:
         "\n## Use with MONAI\n\n"
         f"`models/{MODEL}` is the signed file itself: its SHA-256 stands above and in `docs/{MANIFEST}`.\n\n"
         f"{pickled}"
+        "MONAI runs what a bundle's configuration says, so use a bundle only if you trust whoever gave it to you.\n\n"
         f"Put images into `input/`; label maps appear in `output/`.{several}\n\n"
         "```\npython -m monai.bundle run --config_file configs/inference.json --bundle_root .\n```\n"
     )
@@ -575,6 +583,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _needs(*names: str) -> ModuleType:
     """The last of these packages; S206 if one is not installed."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # from 1.29 on, onnxruntime reports to its maker unless told not to
     for name in names:
         try:
             module = importlib.import_module(name)

@@ -38,12 +38,11 @@ from shared_models.release import (
     write_durably,
 )
 from shared_models.signing import fingerprint
-from shared_models.task import task_for
-from shared_models.weights import Weights, difference, encode, weights_sha256
 from shared_models.wire import CHUNK_BYTES
 
-if TYPE_CHECKING:  # the round loop loads Flower, which a look at the releases does not need
+if TYPE_CHECKING:  # torch and Flower are loaded where a release is made, not where one is listed or handed out
     from server.rounds import Measured
+    from shared_models.weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +98,9 @@ class Registry:
             S202 if the folder cannot be written, S203 if these weights cannot be released, M212 to M215 if they are
             released already and that release is not whole any more.
         """
+        from shared_models.task import task_for
+        from shared_models.weights import encode
+
         released = _record_of(plan, weights, records)
         data = encode(weights, json.dumps({"plan_sha256": plan.sha256, "run": run}, sort_keys=True))
         sha256, issued = fingerprint(data), utc_now()
@@ -236,6 +238,9 @@ def _read(path: Path) -> Iterator[bytes]:
 
 def _record_of(plan: Plan, weights: Weights, records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The round these weights come from; S203 if they should not be released."""
+    from shared_models.task import task_for
+    from shared_models.weights import difference, weights_sha256
+
     network = task_for(plan).build_network()
     shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
     if mismatch := difference(weights, shapes):
@@ -263,6 +268,8 @@ def _unfit(why: str) -> FederadError:
 
 def _known(plan: Plan, values: Mapping[str, float] | None) -> dict[str, float] | None:
     """Those of the values that the task defines: names come from sites and end up on a page."""
+    from shared_models.task import task_for
+
     return {name: values[name] for name in task_for(plan).metrics if name in values} if values else None
 
 

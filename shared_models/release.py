@@ -351,14 +351,15 @@ def new_release(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left_behind in folder.glob(f"{PART}*"):
-            shutil.rmtree(left_behind)
         part = folder / f"{PART}{uuid4().hex}"
-        part.mkdir()
         try:
+            for left_behind in folder.glob(f"{PART}*"):
+                shutil.rmtree(left_behind)
+            part.mkdir()
             yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile has the file open, too
 
 
 def _store(path: Path, parts: Iterable[bytes], entry: ReleasedFile) -> None:

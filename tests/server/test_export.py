@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnx
@@ -393,6 +397,18 @@ class TestCheck:
 
         assert code_of(lambda: check(network, PLANS["2-D"], lambda image: output_of(network, image), "x")) == "S205"
 
+    def test_export_that_gives_no_number_is_refused(self):
+        """
+        Not a number is as far from the output as can be.
+        """
+        network = nn.Conv2d(1, 2, 1)
+
+        for wrong in (np.float32(np.nan), np.float32(np.inf)):
+            assert (
+                code_of(lambda w=wrong: check(network, PLANS["2-D"], lambda im: output_of(network, im) * w, "x"))
+                == "S205"
+            )
+
     def test_output_of_another_shape_is_refused(self):
         """
         Also where NumPy would make the shapes fit.
@@ -526,6 +542,33 @@ class TestTarget:
 
         assert seen == sorted(seen)
         assert seen[-1]
+
+
+class TestNothingCallsHome:
+    def test_export_writes_nothing_but_its_target(self, releases, tmp_path):
+        """
+        No identifier, no cache, no report to the maker of a library, in whatever version that library is.
+        """
+        work = (
+            "import os, sys; from pathlib import Path; from server.export import export; "
+            "from shared_models.release import Release; export(Release.open(Path(sys.argv[1])), Path(sys.argv[2])); "
+            "print(os.environ['ORT_DISABLE_TELEMETRY'])"
+        )
+        home = tmp_path / "home"
+        home.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", work, releases["2-D"].folder, tmp_path / "model.onnx"],
+            cwd=Path(__file__).parents[2],
+            env={"PATH": os.environ["PATH"], "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+
+        assert done.stdout.strip() == "1"
+        left = [path for path in home.rglob("*") if path.is_file() and "matplotlib" not in path.parts]
+        assert not left  # but matplotlib's list of fonts
+        assert {path.name for path in tmp_path.iterdir()} == {"home", "model.onnx"}
 
 
 class TestWords:

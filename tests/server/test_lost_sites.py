@@ -155,6 +155,7 @@ class TestComesBack:
 
         assert named(events, "asked again") == [(1, "site-1")]
         assert records[0]["replied"] == list(SITES)
+        assert records[0]["refused"] == []
         assert np.array_equal(outcome.last["w"], calm.last["w"])
 
     def test_site_that_approves_during_a_round_is_in_it(self, plan, nodes, consortium, tmp_path, clock):

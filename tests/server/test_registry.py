@@ -9,6 +9,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -371,6 +373,27 @@ class TestFind:
         with caplog.at_level(logging.WARNING):
             assert registry.list() == others
         assert first.sha256[:12] in caplog.text
+
+
+def test_listing_and_handing_out_load_no_torch(tmp_path):
+    """
+    The service that sites ask does so for days; a framework of hundreds of megabytes is no part of it.
+    """
+    release = publish(tmp_path, KEY)
+    work = (
+        "import sys; from pathlib import Path; from server.registry import Registry; "
+        "r = Registry(Path(sys.argv[1])); n = sum(map(len, r.read(r.find('lesions').sha256))); "
+        "assert not {'torch', 'flwr', 'monai'} & sys.modules.keys(); print(n)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", work, tmp_path],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert int(done.stdout) == release.signed.n_bytes
 
 
 class TestKilled:
