@@ -248,8 +248,11 @@ class Plan(_Table):
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
     def canonical_json(self) -> str:
-        """Every key with its value, sorted, without spaces: what is hashed, stored and sent."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """Every key that has a value, sorted, without spaces: what is hashed, stored and sent.
+
+        An optional table that is left out leaves no trace, so a plan keeps its hash when a later version knows more of them.
+        """
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def load(cls, path: Path) -> Self:
