@@ -306,6 +306,51 @@ def refuse(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
     )
 
 
+@app.command()
+def releases(site: Site = None, as_json: AsJson = False) -> None:
+    """List the consortium's models, and which of them are here."""
+    from client.releases import listed
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.courier)
+    offers = listed(folder)
+    if as_json:
+        print(json.dumps([one.as_json() for one in offers]))
+        return
+    table = Table(title="releases" if offers else "the consortium has not released a model yet")
+    for column in ("release", "plan", "run", "issued", "here"):
+        table.add_column(column)
+    for one in offers:
+        issued = one.signed.issued[:16].replace("T", " ")
+        table.add_row(one.sha256[:12], one.manifest.name, one.manifest.run, issued, "yes" if one.is_here else "no")
+    Console().print(table)
+    waiting = [one.sha256[:12] for one in offers if not one.is_here]
+    _next(folder, *([f"fetch {waiting[-1]}"] if waiting else ["status"]))
+
+
+@app.command()
+def fetch(
+    release: Annotated[str, typer.Argument(metavar="RELEASE", help="The first digits of its SHA-256, or its run.")],
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a released model and check that the operator signed every byte of it."""
+    from client.releases import fetch as fetch_release
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.courier)
+    with _bar(f"fetching {release}", as_json) as told:
+        fetched = fetch_release(folder, release, told)
+    card = fetched.folder / "card.md"
+    where = escape(str(fetched.folder))
+    text = f"Release {fetched.sha256[:12]} of {escape(fetched.name)} is in {where}: every file is as it was signed."
+    _show(
+        folder, {"release": fetched.sha256, "folder": str(fetched.folder), "card": str(card)}, text, "releases", as_json
+    )
+
+
 @audit_app.command("verify")
 def audit_verify(site: Site = None, as_json: AsJson = False) -> None:
     """Check that no line of the audits was changed, taken out or moved."""

@@ -5,6 +5,7 @@
     station/   the station's, with everything about the data; nobody else may look into it
     courier/   the courier's, with the site's keys; nobody else may look into it
     run/       the socket, which both may open
+    releases/  models fetched from the consortium, each checked against the operator's signature; the station reads them
     logs/      what the supervisor has to say
 
 Made by root on a machine that has the accounts ``federad-data`` and ``federad-net`` (and the group ``federad`` with both in
@@ -56,6 +57,11 @@ class SiteFolder:
         return self.root / "courier"
 
     @property
+    def releases(self) -> Path:
+        """Fetched models."""
+        return self.root / "releases"
+
+    @property
     def socket(self) -> Path:
         """Where the station listens."""
         return self.root / "run" / "station.sock"
@@ -92,6 +98,7 @@ class SiteFolder:
             self.logs.mkdir(exist_ok=True)
             _make(self.station, 0o700, data, -1)
             _make(self.courier, 0o700, net, -1)
+            _make(self.releases, 0o755, net, -1)
             _make(self.socket.parent, 0o2750 if group >= 0 else 0o700, data, group)
         except OSError as error:
             raise cannot(

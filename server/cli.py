@@ -319,6 +319,57 @@ def watch(
         show_next(*next_of_run(consortium.folder, described))
 
 
+@app.command()
+def releases(folder: Dir = None, as_json: AsJson = False) -> None:
+    """List the models that were released; hospitals of the consortium can fetch each of them."""
+    from server.registry import FOLDER, Registry
+
+    consortium = opened(folder)
+    cards = [release.card() for release in Registry(consortium.folder / FOLDER).list()]
+    if as_json:
+        print(json.dumps([card.model_dump(mode="json") for card in cards]))
+        return
+    table = Table(title="releases" if cards else "nothing has been released yet")
+    for column in ("release", "run", "issued", "round", "sites", "test"):
+        table.add_column(column)
+    for card in cards:
+        test = ", ".join(f"{name} {value:.3f}" for name, value in (card.test or {}).items())
+        taking_part = sum(site.rounds > 0 for site in card.sites)
+        when = card.issued[:16].replace("T", " ")
+        table.add_row(card.model_sha256[:12], card.run, when, str(card.released_round), str(taking_part), test)
+    Console().print(table)
+    if cards:
+        show_next(hint(consortium.folder, f"export {cards[-1].model_sha256[:12]} --to MODEL.onnx"))
+    else:
+        show_next(hint(consortium.folder, "run PLAN.toml"))
+
+
+@app.command()
+def export(
+    release: Annotated[
+        str, typer.Argument(metavar="RELEASE", help="The first digits of its SHA-256, its run, or its plan.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="FILE.onnx for ONNX; any other name becomes a MONAI bundle.")],
+    with_pickle: Annotated[
+        bool,
+        typer.Option("--with-pickle", help="Add model.pt to the bundle, for monai.bundle.load on this machine alone."),
+    ] = False,
+    folder: Dir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a released model for other software, checked to give the same output."""
+    from server.export import export as export_release
+    from server.registry import FOLDER, Registry
+
+    consortium = opened(folder)
+    found = Registry(consortium.folder / FOLDER).find(release)
+    with Console(stderr=True, quiet=as_json).status("writing the model and comparing its output with our own"):
+        error = export_release(found, to, with_pickle=with_pickle)
+    told = {"release": found.sha256, "to": str(to), "largest_error": error}
+    text = f"{to} holds release {found.sha256[:12]} of {found.name}. Largest error of its output: {error:.1e}."
+    done(told, text, as_json, hint(consortium.folder, "releases"))
+
+
 @app.command("serve-consortium", hidden=True)
 def serve(folder: Dir = None) -> None:
     """Run the consortium service, as a process that the server keeps running."""
@@ -535,7 +586,7 @@ def next_of_run(folder: Path, described: dict[str, Any]) -> tuple[str, ...]:
     if state in ("paused", "interrupted", "stopped", "failed", "offered"):
         return (hint(folder, f"resume {name}"),)
     if state == "finished":
-        return (f"see {described['folder']}/result.json", hint(folder, "run PLAN.toml"))
+        return (hint(folder, f"export {name} --to MODEL.onnx"), f"see {described['folder']}/result.json")
     return (hint(folder, f"watch {name}"), hint(folder, f"stop {name}"))
 
 

@@ -5,9 +5,9 @@ export that does not is not written. Sources: the MONAI bundle specification (do
 ONNX through ``torch.onnx.export(dynamo=True)``, checked with ONNX Runtime.
 
 The bundle specification wants the weights as ``models/model.pt``, which is a pickle: whoever opens a pickle runs what is
-in it. So the bundle also holds ``models/model.safetensors``, byte for byte the file that was signed, and its
-``inference.json`` reads that one. ``model.pt`` holds the same tensors for ``monai.bundle.load`` on this machine; it is not
-signed, federad never reads one that came from elsewhere, and it is left out with ``with_pickle=False``.
+in it. So the bundle holds ``models/model.safetensors``, byte for byte the file that was signed, and its
+``inference.json`` reads that one. ``model.pt`` with the same tensors, for ``monai.bundle.load`` on this machine, is added
+where somebody asks for it; it is not signed, and federad never reads one that came from elsewhere.
 """
 
 from __future__ import annotations
@@ -53,16 +53,22 @@ Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """An exported network: images ``(batch, channel, [z,] y, x)`` to logits ``(batch, label, [z,] y, x)``."""
 
 
-def export(release: Release, target: Path) -> float:
+def export(release: Release, target: Path, *, with_pickle: bool = False) -> float:
     """Write a release as ONNX if ``target`` ends in ``.onnx``, else as a MONAI bundle in the folder ``target``.
+
+    Parameters
+    ----------
+    with_pickle
+        See :func:`export_monai_bundle`; it means nothing for ONNX.
 
     Returns
     -------
     float
         Largest error that the check found [logits].
     """
-    write = export_onnx if target.suffix.lower() == ONNX_SUFFIX else export_monai_bundle
-    return write(release, target)
+    if target.suffix.lower() == ONNX_SUFFIX:
+        return export_onnx(release, target)
+    return export_monai_bundle(release, target, with_pickle=with_pickle)
 
 
 def export_onnx(release: Release, file: Path) -> float:
@@ -103,14 +109,14 @@ def export_onnx(release: Release, file: Path) -> float:
         return check(network, plan, lambda image: session.run(["logits"], {"image": image})[0], "ONNX")
 
 
-def export_monai_bundle(release: Release, folder: Path, *, with_pickle: bool = True) -> float:
+def export_monai_bundle(release: Release, folder: Path, *, with_pickle: bool = False) -> float:
     """Write a release as a MONAI bundle: network, weights, and the preparation and prediction of the plan.
 
     Parameters
     ----------
     with_pickle
-        Also write ``models/model.pt``, without which ``monai.bundle.load`` finds no weights. Leave it out of a bundle
-        that goes to somebody else: ``monai.bundle run`` and ``ConfigWorkflow`` do without.
+        Also write ``models/model.pt``, without which ``monai.bundle.load`` finds no weights; ``monai.bundle run`` and
+        ``ConfigWorkflow`` do without. Such a bundle is for the machine that wrote it, not for anybody else.
 
     Returns
     -------

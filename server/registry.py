@@ -49,6 +49,9 @@ log = logging.getLogger(__name__)
 PACKAGES = ("federad", "torch", "monai", "numpy", "flwr")
 """Whose versions the card names."""
 
+FOLDER = "releases"
+"""Where an operator's releases lie in the operator's folder."""
+
 FEW_PATIENTS = 30
 """Below so many test patients at all sites together the card warns of it."""
 

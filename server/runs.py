@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the round loop loads torch, which a look at the runs does n
 
     from server.journal import Journal
     from server.rounds import Outcome, Progress
+    from shared_models.release import Release
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ ACTIVE: frozenset[str] = frozenset({"starting", "waiting", "running"})
 
 RESUMABLE: frozenset[str] = frozenset({"offered", "paused", "interrupted", "stopped", "failed"})
 
-PAUSING = frozenset({"S180", "S181", "S198"})
+PAUSING = frozenset({"S180", "S181", "S198", "S202"})
 """What a person can put right, so that the run can go on."""
 
 LOCK_S = 90.0
@@ -315,6 +316,7 @@ def carry_out(grid: Grid, consortium: Consortium, run: str) -> None:
         _log_to(folder.path / "run.log")
         try:
             outcome = _rounds(grid, consortium, row, folder)
+            release = _publish(consortium, folder, row, outcome)
         except FederadError as error:
             log.warning("run %s: %s", run, error)
             _leave(consortium, folder, "paused" if error.code in PAUSING else "failed", error.as_json())
@@ -324,7 +326,7 @@ def carry_out(grid: Grid, consortium: Consortium, run: str) -> None:
             happened = f"Something unexpected happened ({type(error).__name__}); run.log in the run's folder has it."
             _leave(consortium, folder, "failed", {"error": "", "happened": happened})
             raise
-        _finish(folder, row, outcome)
+        _finish(folder, row, outcome, release)
         consortium.set_run_state(run, "finished")
         consortium.close_run(run)
 
@@ -383,16 +385,27 @@ def _leave(consortium: Consortium, folder: RunFolder, state: State, error: dict[
             consortium.set_run_state(folder.run, state)
 
 
-def _finish(folder: RunFolder, row: RunRow, outcome: Outcome) -> None:
-    """``model.safetensors`` and ``result.json``, in the form of a simulation's."""
+def _publish(consortium: Consortium, folder: RunFolder, row: RunRow, outcome: Outcome) -> Release:
+    """Release the model that the plan chose; again after a crash, it is the same release."""
+    from server.registry import FOLDER, Registry
+
+    return Registry(consortium.folder / FOLDER).publish(
+        row.plan,
+        row.run,
+        outcome.best,
+        folder.records(),
+        outcome.test,
+        consortium.plan_key,
+        consortium=consortium.config.name,
+    )
+
+
+def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release) -> None:
+    """``result.json``, in the form of a simulation's; the model lies in its release."""
     from shared_models.task import task_for
-    from shared_models.weights import encode, weights_sha256
+    from shared_models.weights import weights_sha256
 
     plan, task = row.plan, task_for(row.plan)
-    header = {"plan": json.loads(plan.canonical_json()), "round": outcome.best_round}
-    temporary = folder.path / "model.part"
-    temporary.write_bytes(encode(outcome.best, json.dumps(header, sort_keys=True)))
-    temporary.replace(folder.path / "model.safetensors")
     per_site: dict[str, dict[str, Any]] = {
         site: {**metrics, "patients": outcome.test.patients[site]} for site, metrics in outcome.test.per_site.items()
     }
@@ -417,6 +430,7 @@ def _finish(folder: RunFolder, row: RunRow, outcome: Outcome) -> None:
             "privacy": None,
             "weights_sha256": weights_sha256(outcome.last),
             "released_sha256": weights_sha256(outcome.best),
+            "release": release.sha256,
             "status": "finished",
         },
     )

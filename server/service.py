@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import grpc
 
 from server.consortium import Consortium
+from server.registry import FOLDER, Registry
 from shared_models.consortium import (
     PACKAGE,
     PROTOCOL,
@@ -41,9 +42,6 @@ from shared_models.consortium import (
 )
 from shared_models.errors import FederadError
 from shared_models.wire import service, stream_handler, unary_handler
-
-if TYPE_CHECKING:
-    from server.registry import Registry
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +122,7 @@ class ConsortiumService:
 
     @cached_property
     def _registry(self) -> Registry:
-        from server.registry import Registry  # it loads torch, which nothing else here needs
-
-        return Registry(self._consortium.folder / "releases")
+        return Registry(self._consortium.folder / FOLDER)
 
     def _unary(self, ask: Ask) -> grpc.RpcMethodHandler:
         return unary_handler(lambda request, context: ask(self._admitted(context), request).encode())

@@ -19,6 +19,7 @@ from server.consortium import Consortium
 from server.journal import Journal
 from server.runs import RunFolder
 from shared_models.plan import Plan
+from shared_models.release import verify_folder
 from shared_models.weights import weights_sha256
 from simulation.engine import Execution, run_rounds
 
@@ -148,6 +149,24 @@ class TestRun:
             ended = federad_server(command, run["run"], "--dir", str(staged.operator))
             assert ended.returncode == 196, ended.stderr
             assert "federad-server status" in ended.stderr
+
+    def test_finished_run_is_released_for_hospitals_and_for_other_software(self, staged):
+        """
+        Its model is listed, exported, and fetched by a hospital, which checks the operator's signature.
+        """
+        (card,) = staged.server("releases")
+        run = RunFolder(staged.operator, card["run"])
+        staged.server("export", card["run"], "--to", str(staged.folder / "model.onnx"))
+        staged.site("fetch", card["run"], name="site-1")
+        fetched = verify_folder(
+            staged.folder / "site-1" / "releases" / card["model_sha256"],
+            staged.consortium.plan_key.public_key(),
+            staged.consortium.config.name,
+        )
+
+        assert run.result["release"] == fetched.sha256
+        assert weights_sha256(fetched.weights()) == run.result["released_sha256"]
+        assert (staged.folder / "model.onnx").stat().st_size > 0
 
     def test_updates_are_deleted_from_flower_s_database_when_a_run_is_over(self, staged):
         """

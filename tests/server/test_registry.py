@@ -96,7 +96,7 @@ class TestPublish:
         publish(tmp_path, KEY)
         publish(tmp_path, KEY, run="lesions-2")
 
-        assert [release.run for release in Registry(tmp_path).list()] == ["lesions-1", "lesions-2"]
+        assert {release.run for release in Registry(tmp_path).list()} == {"lesions-1", "lesions-2"}
 
     def test_damaged_release_is_not_published_over(self, tmp_path):
         """

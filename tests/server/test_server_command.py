@@ -295,7 +295,8 @@ class TestWords:
 
         shown = {name: c for name, c in get_command(app).commands.items() if not c.hidden}
         assert set(shown) == {
-            "enrol-file", "init", "invite", "resume", "revoke", "run", "sites", "start", "status", "stop", "watch",
+            "enrol-file", "export", "init", "invite", "releases", "resume", "revoke", "run", "sites", "start", "status",
+            "stop", "watch",
         }  # fmt: skip
         for name, one in shown.items():
             options = {option for parameter in one.params for option in parameter.opts}
