@@ -75,4 +75,4 @@ def test_experiment_runs_the_demo_plan_on_three_seeds():
     assert FEDERATED_VS_CENTRAL.seeds == (0, 1, 2)
     assert FEDERATED_VS_CENTRAL.plan(quick=False).name == "demo"
     quick = FEDERATED_VS_CENTRAL.plan(quick=True)
-    assert quick.simulation.patients < FEDERATED_VS_CENTRAL.plan(quick=False).simulation.patients
+    assert quick.rounds < FEDERATED_VS_CENTRAL.plan(quick=False).rounds
