@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
+import threading
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from multiprocessing.connection import wait
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt`` (malloc.h)."""
@@ -27,9 +30,20 @@ def process_pool(n_workers: int) -> ProcessPoolExecutor:
 
 
 def start_worker() -> None:
-    """One computing thread, and Ctrl-C left to the parent, which lets the work in hand end."""
+    """One computing thread, and Ctrl-C left to the parent, which lets the work in hand end.
+
+    A parent that is killed cannot end its workers, and a worker's pipe stays open while another worker lives; so each
+    looks for itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     one_thread()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def one_thread() -> None:
