@@ -4,20 +4,29 @@ A question is (run, round, kind, plan hash), bound to the hash of the weights th
 rule 16). The bytes are stored durably before the first of them leaves. Asking again with other weights is refused. The
 bytes of a run's older rounds are dropped, their keys never: the server has added those rounds up, or it would not ask
 for the next.
+
+Bytes lie in files, keys in a table. In a station the table is in the ledger's database, so that an answer is recorded in
+the same commit as the settlement of what it cost (``ledger``).
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 import sqlite3
 from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
+from client.processes import write_durably
 from shared_models.messages import Question
 
 ROUNDS_KEPT = 2
 """Newest rounds of each run whose bytes stay on disk."""
+
+TABLE = (
+    "CREATE TABLE IF NOT EXISTS answers (run TEXT, round INTEGER, kind TEXT, plan TEXT, weights TEXT NOT NULL,"
+    " sha256 TEXT NOT NULL, file TEXT, PRIMARY KEY (run, round, kind, plan)) WITHOUT ROWID"
+)
 
 
 class AnsweredBeforeError(Exception):
@@ -29,22 +38,20 @@ class OtherWeightsError(AnsweredBeforeError):
 
 
 class AnswerStore:
-    """Answers in a folder: bytes in files, keys in SQLite.
+    """Answers in a folder.
 
     Parameters
     ----------
     folder
-        Made if it is not there.
+        Of the bytes; made if it is not there.
+    database
+        SQLite file with the keys; left out, one of its own in the folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: Path | None = None) -> None:
         self._folder = folder
+        self._database = database or folder / "answers.sqlite"
         folder.mkdir(parents=True, exist_ok=True)
-        with closing(self._connect()) as db, db:
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS answers (run TEXT, round INTEGER, kind TEXT, plan TEXT, weights TEXT NOT NULL,"
-                " file TEXT, PRIMARY KEY (run, round, kind, plan)) WITHOUT ROWID"
-            )
 
     def find(self, question: Question) -> bytes | None:
         """The stored answer, or None if the question is new.
@@ -54,43 +61,79 @@ class AnswerStore:
         OtherWeightsError
             If the same question came before with other weights.
         AnsweredBeforeError
-            If its bytes have been dropped since.
+            If its bytes have been dropped since, or are no longer those that were stored.
         """
         with closing(self._connect()) as db:
-            row = db.execute(
-                "SELECT weights, file FROM answers WHERE run = ? AND round = ? AND kind = ? AND plan = ?",
-                _key(question),
-            ).fetchone()
+            return self.look_up(db, question)
+
+    def look_up(self, db: sqlite3.Connection, question: Question) -> bytes | None:
+        """:meth:`find` with the caller's connection."""
+        row = db.execute(
+            "SELECT weights, sha256, file FROM answers WHERE run = ? AND round = ? AND kind = ? AND plan = ?",
+            _key(question),
+        ).fetchone()
         if row is None:
             return None
-        if row[0] != question.weights_sha256:
+        weights, sha256, file = row
+        if weights != question.weights_sha256:
             raise OtherWeightsError
         try:
-            return (self._folder / str(row[1])).read_bytes()
+            answer = (self._folder / str(file)).read_bytes()
         except OSError:
             raise AnsweredBeforeError from None
+        if hashlib.sha256(answer).hexdigest() != sha256:
+            raise AnsweredBeforeError
+        return answer
 
     def keep(self, question: Question, answer: bytes) -> None:
-        """Store ``answer`` durably; it may leave after this returns."""
-        file = f"{question.round:06d}-{question.kind}-{uuid4().hex}.safetensors"
-        temporary = self._folder / f"{file}.part"
-        with temporary.open("wb") as stream:
-            stream.write(answer)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(self._folder / file)
+        """Store ``answer`` durably; it may leave after this returns.
+
+        Raises
+        ------
+        AnsweredBeforeError
+            If the question has an answer already.
+        """
+        file = self.write(question, answer)
         with closing(self._connect()) as db, db:
-            db.execute(
-                "INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", (*_key(question), question.weights_sha256, file)
-            )
-            old = db.execute(
-                "SELECT file FROM answers WHERE run = ? AND round <= ?", (question.run, question.round - ROUNDS_KEPT)
-            ).fetchall()
-        for (name,) in old:
-            (self._folder / name).unlink(missing_ok=True)
+            self.record(db, question, hashlib.sha256(answer).hexdigest(), file)
+            db.commit()
+            self.tidy(db)
+
+    def write(self, question: Question, answer: bytes) -> str:
+        """Put the bytes on the disk, where nothing finds them until they are recorded; the name of their file."""
+        file = f"{question.round:06d}-{question.kind}-{uuid4().hex}.safetensors"
+        write_durably(self._folder / file, answer)
+        return file
+
+    @staticmethod
+    def record(db: sqlite3.Connection, question: Question, sha256: str, file: str | None) -> None:
+        """Bind the question to an answer, inside the caller's transaction; no file where the bytes are gone.
+
+        Raises
+        ------
+        AnsweredBeforeError
+            If the question has an answer already.
+        """
+        row = (*_key(question), question.weights_sha256, sha256, file)
+        try:
+            db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        except sqlite3.IntegrityError:
+            raise AnsweredBeforeError from None
+        old = (question.run, question.round - ROUNDS_KEPT)
+        db.execute("UPDATE answers SET file = NULL WHERE run = ? AND round <= ?", old)
+
+    def tidy(self, db: sqlite3.Connection) -> None:
+        """Delete every file that no key names: those of older rounds, and what a crash left. For one process at a time."""
+        named = {str(file) for (file,) in db.execute("SELECT file FROM answers WHERE file IS NOT NULL")}
+        for path in self._folder.glob("*.safetensors*"):
+            if path.name not in named:
+                path.unlink(missing_ok=True)
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._folder / "answers.sqlite", timeout=30)
+        db = sqlite3.connect(self._database, timeout=30)
+        db.execute("PRAGMA synchronous = EXTRA")
+        db.execute(TABLE)
+        return db
 
 
 def _key(question: Question) -> tuple[str, int, str, str]:

@@ -92,6 +92,11 @@ class AuditLog:
         except OSError as error:
             raise _unwritable(self.path, type(error).__name__) from None
 
+    @property
+    def head(self) -> Head:
+        """Number of lines and hash of the last, as noted; C162 if the note cannot be read."""
+        return self._read_head()
+
     def verify(self) -> Head:
         """Read the whole chain.
 

@@ -14,6 +14,7 @@ for _name, _value in {
 
 import json  # noqa: E402
 import logging  # noqa: E402
+import math  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
 import stat  # noqa: E402
@@ -56,6 +57,14 @@ app.add_typer(audit_app, name="audit")
 Site = Annotated[
     Path | None,
     typer.Option("--site", help="The site's folder; else $FEDERAD_SITE, the current folder, or ./federad-site."),
+]
+Declared = Annotated[
+    int | None,
+    typer.Option(
+        "--patients-declared",
+        min=1,
+        help="Rounded, public number of patients that training draws from; under [privacy].",
+    ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder with this site's images; it is only read.")]
 PlanName = Annotated[str, typer.Argument(metavar="PLAN", help="Its name, or the first characters of its hash.")]
@@ -226,11 +235,12 @@ def stop(site: Site = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def plans(site: Site = None, as_json: AsJson = False) -> None:
-    """List the plans that the operator offers, and what was decided here."""
+def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False) -> None:
+    """List the plans that the operator offers, what each would cost a patient, and what was decided here."""
     folder = SiteFolder.find(site)
     station = _station(folder)
     listed = station.plans()
+    costs = {one.plan.sha256: _cost(station, one.plan, declared) for one in listed}
     if as_json:
         print(
             json.dumps(
@@ -241,6 +251,7 @@ def plans(site: Site = None, as_json: AsJson = False) -> None:
                         "state": one.state,
                         "run": one.run,
                         "issued": one.issued,
+                        "cost": costs[one.plan.sha256],
                         "plan": one.plan.model_dump(mode="json"),
                     }
                     for one in listed
@@ -253,7 +264,7 @@ def plans(site: Site = None, as_json: AsJson = False) -> None:
         _next(folder, "status")
         return
     table = Table()
-    for column in ("plan", "hash", "task", "rounds", "offered", "here"):
+    for column in ("plan", "hash", "task", "rounds", "costs a patient", "offered", "here"):
         table.add_column(column)
     for one in listed:
         kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.labels[1:])}"
@@ -262,23 +273,25 @@ def plans(site: Site = None, as_json: AsJson = False) -> None:
             one.plan.sha256[:12],
             kind,
             str(one.plan.rounds),
+            costs[one.plan.sha256]["text"],
             one.issued[:16].replace("T", " "),
             one.state,
         )
     Console().print(table)
-    waiting = [one.plan.name for one in listed if one.state == "offered"]
+    waiting = [one.plan for one in listed if one.state == "offered"]
     if waiting:
-        _next(folder, f"approve {waiting[0]}", f"refuse {waiting[0]}")
+        size = f" --patients-declared {declared or 'N'}" if waiting[0].privacy is not None else ""
+        _next(folder, f"approve {waiting[0].name}{size}", f"refuse {waiting[0].name}")
 
 
 @app.command()
-def approve(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
-    """Let a plan train here: looks through the data and prepares it."""
+def approve(plan: PlanName, declared: Declared = None, site: Site = None, as_json: AsJson = False) -> None:
+    """Let a plan train here: looks through the data, prepares it, and agrees on what it may cost."""
     folder = SiteFolder.find(site)
     station = _station(folder)
     chosen = station.plan_named(plan)
     with _bar(f"preparing images for {chosen.plan.name}", as_json) as step:
-        cohort = station.approve(chosen.plan, step)
+        cohort = station.approve(chosen.plan, step, declared_size=declared)
     patients = {split: len(cohort.patients(split)) for split in ("train", "validation", "test")}
     _show(
         folder,
@@ -304,6 +317,34 @@ def refuse(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
         "plans",
         as_json,
     )
+
+
+@app.command()
+def ledger(
+    site: Site = None,
+    after_restore: Annotated[
+        bool, typer.Option("--after-restore", help="An older copy was put back: count all that was anchored as spent.")
+    ] = False,
+    begin_anew: Annotated[
+        bool, typer.Option("--begin-anew", help="The history is lost: count it as spent without bound.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what every run has cost a patient here, and how that is reckoned."""
+    from client.statement import shown, statement
+
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    if after_restore:
+        print_line(f"{station.recover_ledger()} entries were missing and count as spent.")
+    if begin_anew:
+        station.begin_ledger_anew()
+    told = statement(station)
+    if as_json:
+        print(json.dumps(told))
+        return
+    Console().print(shown(told))
+    _next(folder, "audit verify")
 
 
 @app.command()
@@ -349,6 +390,68 @@ def fetch(
     _show(
         folder, {"release": fetched.sha256, "folder": str(fetched.folder), "card": str(card)}, text, "releases", as_json
     )
+
+
+@app.command()
+def backup(
+    to: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A new file outside the site's folder, or a folder for it.")
+    ],
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write all of this site but its prepared images to one file; it may go on working meanwhile."""
+    from client.backup import back_up
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    _require_rights(folder)
+    made = back_up(folder, to)
+    told = {
+        "file": str(made.file),
+        "site": made.manifest.site,
+        "files": len(made.manifest.files),
+        "bytes": made.n_bytes,
+    }
+    text = (
+        f"{made.file} holds {told['files']} files of {made.manifest.site}, {made.n_bytes / 1e6:.1f} MB. "
+        "Keep it inside the hospital: this site's keys are in it."
+    )
+    _show(folder, told, escape(text), "status", as_json)
+
+
+@app.command()
+def restore(
+    backup_file: Annotated[Path, typer.Argument(metavar="FILE", help="What federad-site backup wrote.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Where the images lie on this machine, if elsewhere than before.")
+    ] = None,
+    anchor: Annotated[
+        Path | None, typer.Option("--anchor", help="The ledger's anchor, from the former folder or machine.")
+    ] = None,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make this site's folder from a backup, where there is none."""
+    from client.backup import restore as put_back
+
+    folder = SiteFolder.find(site)
+    back = put_back(backup_file, folder, data=data, anchor=anchor)
+    told = {
+        "site": back.manifest.site,
+        "made": back.manifest.made,
+        "folder": str(folder.root),
+        "files": len(back.manifest.files),
+        "recovered": back.n_recovered,
+    }
+    text = f"{back.manifest.site} is back in {folder.root}, as it was at {back.manifest.made}. " + (
+        "The anchor of its ledger was not there: nobody knows what was spent since, so everything counts as spent. If the "
+        "anchor can be found, restore again into another folder, with --anchor."
+        if back.n_recovered is None
+        else f"{back.n_recovered} later entries of its ledger were taken from the anchor."
+    )
+    text += " Images are prepared again when its plans are approved again."
+    _show(folder, told, escape(text), "check", as_json)
 
 
 @audit_app.command("verify")
@@ -478,7 +581,7 @@ def _bar(title: str, quiet: bool) -> Iterator[Any]:
 
 def _make_site(folder: SiteFolder, name: str, data: Path | None) -> None:
     """The site's folder, with its configuration; what is there already stays."""
-    from client.site import SiteConfig
+    from client.site import SiteConfig, is_emulated
 
     if folder.is_made:
         _require_rights(folder)
@@ -498,6 +601,8 @@ def _make_site(folder: SiteFolder, name: str, data: Path | None) -> None:
         )
     try:
         config = SiteConfig(name=name, data=str(data.absolute()))
+        if is_emulated(data.absolute()):
+            config = config.model_copy(update={"emulated": True})
     except ValueError:
         raise cannot(
             f"{name!a} cannot be the name of a site.",
@@ -522,6 +627,32 @@ def _joined(folder: SiteFolder, member: Any, as_json: bool) -> None:
         "start",
         as_json,
     )
+
+
+def _cost(station: Any, plan: Any, declared: int | None) -> dict[str, Any]:
+    """What a plan would cost a patient here, for ``plans``."""
+    if plan.privacy is None:
+        return {"epsilon": None, "text": "no privacy: nothing bounds it"}
+    cost = station.cost(plan, declared)
+    if cost is None:
+        return {"epsilon": plan.privacy.epsilon, "text": "say how many: --patients-declared N"}
+    figures = {
+        "declared_size": cost.declared_size,
+        "epsilon": cost.epsilon,
+        "delta": cost.delta,
+        "noise_multiplier": cost.noise_multiplier,
+        "sampling_rate": cost.sampling_rate,
+        "lifetime_before": _finite(cost.lifetime_before),
+        "lifetime_after": _finite(cost.lifetime_after),
+    }
+    text = f"epsilon {cost.epsilon:.3g}, delta {cost.delta:g} ({cost.declared_size} patients)"
+    if plan.privacy.unit == "image":
+        text += f"; {cost.image_epsilon:.3g} for an image alone"
+    return figures | {"text": text}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _read_reply(path: Path) -> Any:

@@ -128,10 +128,11 @@ class SuperNode:
         env = environment(self._folder, member)
         runtime = f"127.0.0.1:{port}"
         host = f"[{member.host}]" if ":" in member.host else member.host
+        supernode = f"from client.guard import supernode; supernode({str(self._folder)!r})"
         self._children = [
             self._child(
                 [
-                    *(sys.executable, "-I", "-c", "from flwr.supernode.cli import flower_supernode as f; f()"),
+                    *(sys.executable, "-I", "-c", supernode),
                     *("--superlink", f"{host}:{member.port}", "--root-certificates", str(self._folder / "ca.crt")),
                     *("--auth-supernode-private-key", str(self._folder / "node.key")),
                     *("--node-config", node_config(self._folder, self._socket)),

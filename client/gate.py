@@ -2,8 +2,8 @@
 
 Every outgoing number is a :class:`Release` of a named kind. The gate knows which kinds may leave, and it alone builds
 the bytes that the courier carries: answers to questions, and notices of what this site decided and how far it is. What
-each release costs and what the hospital's policy says of it will be decided here too; today the kinds below leave exactly
-as they are, and nothing else leaves at all.
+the policy of the hospital says of a kind holds here: it leaves, it leaves only with noise that was paid for, or it stays.
+Under ``[privacy]`` nothing that was computed from patients leaves without noise, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from client.policy import Policy
 from shared_models.consortium import Notice
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, encode_answer
 
-Kind = Literal["update", "metric", "count"]
-"""What may leave in an answer: a model update, means over this site's patients, numbers of patients."""
+Kind = Literal["update", "metric", "count", "cost"]
+"""What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs."""
 
 NoticeKind = Literal["status", "progress"]
 """What may leave in a notice: a word about this site, and how far it is in a round."""
@@ -38,6 +39,8 @@ class Release:
 
     kind: Kind | NoticeKind
     value: Mapping[str, Any]
+    is_noised: bool = False
+    """Whether it came out of a mechanism whose noise was paid for."""
 
 
 class Gate:
@@ -47,23 +50,38 @@ class Gate:
     ----------
     site
         The site's name, as the consortium knows it.
+    policy
+        What the hospital permits.
     """
 
-    def __init__(self, site: str) -> None:
+    def __init__(self, site: str, policy: Policy | None = None) -> None:
         self.site = site
+        self._policy = policy or Policy()
 
-    def release(self, question: Question, releases: Sequence[Release]) -> bytes:
-        """The bytes that answer ``question``.
+    def release(self, question: Question, releases: Sequence[Release], *, is_private: bool = False) -> bytes:
+        """The bytes that answer ``question``. A kind that the policy does not let out is left out.
+
+        Parameters
+        ----------
+        is_private
+            Whether the plan has a table ``[privacy]``.
 
         Raises
         ------
         FederadError
-            C147 if a kind is not on the list, comes twice, or holds a value that is not finite.
+            C147 if a kind is not on the list, comes twice, holds a value that is not finite, or is exact under
+            ``[privacy]``.
         """
         values: dict[str, dict[str, Any]] = {}
         for release in releases:
             if release.kind not in get_args(Kind) or release.kind in values:
                 raise _not_released(f"a release of kind {release.kind!r}, which is unknown or came twice")
+            if release.kind != "cost":
+                if is_private and not release.is_noised:
+                    raise _not_released(f"a release of kind {release.kind!r} that has no noise, under [privacy]")
+                rule = self._policy.rule(release.kind, private=is_private)
+                if rule == "forbidden" or (rule == "noised" and not release.is_noised):
+                    continue
             values[release.kind] = {name: _EXACT[release.kind](value) for name, value in release.value.items()}
             if not all(np.isfinite(value).all() for value in values[release.kind].values()):
                 raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
@@ -74,6 +92,7 @@ class Gate:
                 update=values.get("update", {}),
                 metrics=values.get("metric", {}),
                 counts=values.get("count", {}),
+                cost=values.get("cost", {}),
             )
         )
 
@@ -123,7 +142,7 @@ def _float32(value: Any) -> NDArray[np.float32]:
         return np.asarray(value, np.float32)
 
 
-_EXACT: dict[str, Callable[[Any], Any]] = {"update": _float32, "metric": float, "count": _whole_number}
+_EXACT: dict[str, Callable[[Any], Any]] = {"update": _float32, "metric": float, "count": _whole_number, "cost": float}
 """What the values of each kind are made into before they are looked at, so that what is checked is what leaves."""
 
 

@@ -20,6 +20,7 @@ import sys
 import tomllib
 import zipfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,6 +112,38 @@ def main() -> None:
     for name, own in zip(REPLACED, (_install, _load_installed, _install_nothing, _wordless), strict=True):
         setattr(runtime, name, own)
     flwr_clientapp()
+
+
+def supernode(courier: str) -> None:
+    """Be ``flower-supernode``, with Flower's own arguments.
+
+    Flower takes a SuperNode that was killed for alive until it has heard nothing of it for a minute, and lets no other in
+    under its key meanwhile. So this one says goodbye for the one before, whose number lies in the courier's folder. And
+    where Flower's loop ends by an error (a certificate that does not hold, an answer it does not expect), a thread of its
+    own would keep a process alive that asks for nothing any more: here the process ends, and the courier starts another.
+    """
+    from importlib import import_module
+
+    from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+    from flwr.supernode.cli import flower_supernode
+
+    number = Path(courier) / "flower" / "node-number"
+    connection: Any = import_module("flwr.supernode.fleet_http_connection")
+
+    class Client(connection.FleetHttpClient):  # type: ignore[misc]  # Flower does not export it by name
+        def ActivateNode(self, request: Any) -> Any:  # noqa: N802  # Flower's name for it
+            with suppress(Exception):  # whatever is wrong will be wrong with the next call too, which says so
+                self.DeactivateNode(DeactivateNodeRequest(node_id=int(number.read_text(encoding="ascii"))))
+            reply = super().ActivateNode(request)
+            with suppress(OSError):
+                number.write_text(str(reply.node_id), encoding="ascii")
+            return reply
+
+    connection.FleetHttpClient = Client
+    try:
+        flower_supernode()
+    finally:
+        os._exit(1)
 
 
 def refuse() -> NoReturn:

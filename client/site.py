@@ -1,4 +1,4 @@
-"""What a hospital decides for itself: its name, where its data lies, on which device it trains.
+"""What a hospital decides for itself: its name, where its data lies, on which device it trains, what it permits.
 
 ``site.toml`` stands in the station's folder; nothing the server sends can change it.
 """
@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from client.policy import Policy
 from shared_models.errors import FederadError
 from shared_models.messages import SITE_NAME
 
@@ -32,6 +35,20 @@ class SiteConfig(BaseModel):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where to train: ``auto`` takes a GPU where there is one."""
 
+    anchor: str | None = Field(default=None, pattern="^/")
+    """File with the second copy of the ledger, absolute, best on another disk; left out, it lies beside the ledger."""
+
+    emulated: bool = False
+    """Whether the patients here are made up; only a simulation says so."""
+
+    policy: Policy | None = None
+    """What this hospital permits; left out, the defaults of ``policy``."""
+
+    @property
+    def permits(self) -> Policy:
+        """The policy in force."""
+        return Policy.for_emulated(self.policy) if self.emulated else self.policy or Policy()
+
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read ``folder/site.toml``.
@@ -46,19 +63,48 @@ class SiteConfig(BaseModel):
         except (OSError, ValueError, TypeError, RecursionError) as error:
             what = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
             where = f": {'.'.join(map(str, what['loc']))}: {what['msg']}" if what else f" ({type(error).__name__})"
+            known = Policy.model_fields if what and what["loc"][:1] == ("policy",) else cls.model_fields
             raise FederadError(
                 "C146",
                 happened=f"The site configuration {folder / FILE} cannot be used{where}.",
-                because="Without it the station knows neither its name nor where its data lies.",
-                remedies=("mend the key named above", f"the keys are: {', '.join(cls.model_fields)}"),
+                because="Without it the station knows neither its name, nor where its data lies, nor what it may do.",
+                remedies=("mend the key named above", f"the keys are: {', '.join(known)}"),
             ) from None
 
     def save(self, folder: Path) -> None:
-        """Write ``folder/site.toml``."""
-        lines = [f"{key} = {_toml_string(value)}" for key, value in self.model_dump().items()]
+        """Write ``folder/site.toml``: what was said, and what could be said as comments."""
+        tables = self.model_dump(exclude_unset=True, exclude_none=True)
+        lines = list(_toml({"device": self.device, **tables}, ""))
+        if self.policy is None and not self.emulated:
+            lines += ["", "# What this hospital permits. Take the # away from a line to change it.", "#[policy]"]
+            for key, field in Policy.model_fields.items():
+                if isinstance(field.default, bool | int | float | str):
+                    lines += [f"#{key} = {_toml_value(field.default)}  # {field.description}"]
         (folder / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _toml_string(text: str) -> str:
-    """A TOML basic string: JSON's, but for characters beyond 16 bits and DEL."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
+def is_emulated(data: Path) -> bool:
+    """Whether a simulation wrote this folder of images, and says so in the manifest beside it."""
+    try:
+        manifest = json.loads((data.parent / "manifest.json").read_text(encoding="utf-8"))
+        return bool(manifest["emulated"] is True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _toml(table: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Lines of a table: its own keys first, then the tables in it."""
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{name}{key}]"
+            yield from _toml(value, f"{name}{key}.")
+
+
+def _toml_value(value: Any) -> str:
+    """A value as TOML writes it: JSON, but for infinity, characters beyond 16 bits and DEL."""
+    if isinstance(value, float) and math.isinf(value):
+        return "inf"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")

@@ -12,7 +12,8 @@ A station lives in one folder and can be reopened from it in any process::
     catalogue.sqlite     what was found in the data folder (``data.catalogue``)
     plans/               plans offered, approved and refused here (``plans``)
     cohorts/<key>/       patients, splits and prepared volumes of plans that look at the data alike (``data.cohort``)
-    answers/             what has been answered (``answers``)
+    ledger.sqlite        what every patient has paid, and which question was answered how (``ledger``)
+    answers/             the bytes of those answers (``answers``)
     outbox.sqlite        what waits to be told to the operator (``outbox``)
     audit.jsonl          what has left, and what was refused (``audit``)
 """
@@ -26,21 +27,25 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from client import audit
-from client.answers import AnsweredBeforeError, AnswerStore, OtherWeightsError
+from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.gate import TICKS, Gate, Release, StatusWord
+from client.ledger import Ledger, Reservation, Spent
 from client.outbox import Outbox
 from client.plans import ListedPlan, Plans
+from client.policy import Cost, Refused, cost_of, round_size
 from client.site import SiteConfig
-from client.training import Trainer, mean_metrics, resident_trainer
+from client.training import resident_trainer
+from client.work import exact_releases, noised_releases
 from shared_models.errors import FederadError
 from shared_models.messages import Ask, Question, Refusal, decode_ask
 from shared_models.plan import Plan
@@ -78,9 +83,9 @@ class Station:
         """Whether the device failed in a way that only a new process can mend."""
         self.busy_with: Question | None = None
         """The question being answered."""
-        self._gate = Gate(self.config.name)
-        self._answers = AnswerStore(folder / "answers")
+        self._gate = Gate(self.config.name, self.config.permits)
         self._plans = Plans(folder)
+        self._secret = (folder / "secret").read_bytes()
 
     @classmethod
     def create(cls, folder: Path, config: SiteConfig, *, secret: bytes | None = None) -> Self:
@@ -108,17 +113,33 @@ class Station:
         """Listen to the operator of ``consortium``, who signs plans with this key, and keep notices for it."""
         self._plans.trust(consortium, plan_key_pem)
 
-    def approve(self, plan: Plan, on_progress: OnProgress | None = None) -> Cohort:
-        """Let ``plan`` train here: catalogue the data, prepare its cohort, remember the plan, tell the operator.
+    def approve(self, plan: Plan, on_progress: OnProgress | None = None, *, declared_size: int | None = None) -> Cohort:
+        """Let ``plan`` train here: catalogue the data, prepare its cohort, agree on what it may cost, tell the operator.
+
+        Parameters
+        ----------
+        declared_size
+            Public, rounded number of patients that training draws from. A plan with ``[privacy]`` needs one, and a
+            person gives it: only at an emulated hospital the true number is rounded instead.
 
         Raises
         ------
         FederadError
-            C140 to C143 if the data folder, the cohort or the cache cannot be used.
+            C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
+            C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here.
         """
-        secret = (self.folder / "secret").read_bytes()
-        catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=secret)
-        cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=secret, on_progress=on_progress)
+        catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
+        cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
+        n_patients = len(cohort.patients("train"))
+        if declared_size is None:
+            declared_size = self._undeclared(plan, n_patients)
+        ledger, policy = self.ledger(), self.config.permits
+        spent = ledger.spent()
+        cost = cost_of(plan, declared_size, spent, lifetime_cap=policy.lifetime_epsilon)
+        decision = policy.at_approval(plan, cost, n_patients=n_patients, spent=spent)
+        if isinstance(decision, Refused):
+            raise decision.error
+        ledger.agree(cost.agreement(plan.sha256))
         self._plans.approve(plan)
         self._decided(plan.sha256, "approved")
         return cohort
@@ -162,6 +183,36 @@ class Station:
         """Tell the operator that this site is here."""
         self._put(Release("status", {"word": "started"}), topic="started")
 
+    def ledger(self) -> Ledger:
+        """What was spent here, checked as a whole.
+
+        Raises
+        ------
+        FederadError
+            C164 to C168 if it cannot be used: nothing is trained then.
+        """
+        return Ledger.open(self.folder, self._secret, self._anchor)
+
+    def recover_ledger(self) -> int:
+        """After an older copy of the ledger was put back; how many entries were missing and count as spent now."""
+        return Ledger.recover(self.folder, self._secret, self._anchor)
+
+    def begin_ledger_anew(self) -> None:
+        """Begin a ledger without the history, which counts as spent without bound."""
+        Ledger.begin_anew(self.folder, self._secret, self._anchor)
+
+    def cost(self, plan: Plan, declared_size: int | None = None) -> Cost | None:
+        """What a plan would cost a patient here; None where neither now nor at its approval a size was declared."""
+        ledger = self.ledger()
+        agreed = ledger.agreement(plan.sha256) if declared_size is None else None
+        size = declared_size or (agreed.declared_size if agreed else None)
+        cap = self.config.permits.lifetime_epsilon
+        return cost_of(plan, size, ledger.spent(), lifetime_cap=cap, agreed=agreed) if size else None
+
+    @property
+    def _anchor(self) -> Path | None:
+        return Path(self.config.anchor) if self.config.anchor else None
+
     def cohort(self, plan: Plan) -> Cohort:
         """The cohort prepared for ``plan``; C143 if it was never approved here."""
         return Cohort.open(self._cohort_folder(plan))
@@ -185,33 +236,47 @@ class Station:
             ask = _readable(data)
             question = ask.question
             with self._alone():
-                if (stored := self._stored(question)) is not None:
+                ledger = self.ledger()
+                with _in_a_word():
+                    stored = ledger.find(question)
+                if stored is not None:
                     self._audit_answer(question, stored, again=True)
                     return stored
-                releases = self._releases(ask)
-                answer = self._gate.release(question, releases)
-                self._answers.keep(question, answer)
-                self._audit_answer(question, answer, again=False, released={r.kind: _n_values(r) for r in releases})
-                return answer
+                self.busy_with = question
+                return self._new_answer(ask, ledger)
         except _RefusedError as refused:
             log.warning("%s: refused %s: %s", self.name, _named(question), refused.refusal)
             return self._refuse(question, refused.refusal)
         except FederadError as error:
-            log.warning("%s: declined %s: %s", self.name, _named(question), error)
-            return self._refuse(question, "declined")
+            word: Refusal = "budget" if error.code == "C169" else "declined"
+            log.warning("%s: %s %s: %s", self.name, word, _named(question), error)
+            return self._refuse(question, word)
         except Exception as error:
             log.exception("%s: failed at %s", self.name, _named(question))
             self._after_failure(error)
             return self._refuse(question, "failed")
-
-    def _releases(self, ask: Ask) -> list[Release]:
-        plan = self._approved_plan(ask.question.plan_sha256)
-        self.busy_with = ask.question
-        try:
-            trainer = resident_trainer(plan, self.config.device)
-            return self._work(ask, trainer, self.cohort(plan))
         finally:
             self.busy_with = None
+
+    def _new_answer(self, ask: Ask, ledger: Ledger) -> bytes:
+        """Permitted, paid for, computed, passed through the gate, settled: in this order."""
+        question = ask.question
+        plan = self._approved_plan(question.plan_sha256)
+        cost = self._permitted(plan, question, ledger)
+        cohort = self.cohort(plan)
+        if question.kind == "train" and plan.privacy is None and not cohort.patients("train"):
+            raise _RefusedError("no-patients")
+        with _in_a_word():
+            reservation = self._paid(question, plan, cost, ledger)
+        trainer, told = resident_trainer(plan, self.config.device), self._progress(question)
+        if plan.privacy is None:
+            releases = exact_releases(trainer, cohort, ask, site=self.name, on_progress=told)
+        else:
+            releases = noised_releases(trainer, cohort, ask, cost=cost, reservation=reservation, on_progress=told)
+        answer = self._gate.release(question, releases, is_private=plan.privacy is not None)
+        ledger.settle(reservation, question, answer, audit=self.audit.head)
+        self._audit_answer(question, answer, again=False, released={r.kind: _n_values(r) for r in releases})
+        return answer
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
         """A word in place of an answer, once the audit has it."""
@@ -270,36 +335,41 @@ class Station:
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
-    def _work(self, ask: Ask, trainer: Trainer, cohort: Cohort) -> list[Release]:
-        question = ask.question
-        measured = trainer.measure(ask.weights, cohort, "test" if question.kind == "test" else "validation")
-        metrics = mean_metrics(list(measured.values()))
-        counts = {"measured": len(measured)}
-        if question.kind != "train":
-            return [Release("metric", metrics), Release("count", counts)]
-        if not cohort.patients("train"):
-            raise _RefusedError("no-patients")
-        trained = trainer.train(
-            ask.weights,
-            cohort,
-            seed=ask.seed,
-            site=self.name,
-            round_=question.round,
-            on_progress=self._progress(question),
-        )
-        return [
-            Release("update", trained.update),
-            Release("metric", metrics | {"training_loss": trained.loss}),
-            Release("count", counts | {"trained": trained.n_patients}),
-        ]
+    def _permitted(self, plan: Plan, question: Question, ledger: Ledger) -> Cost:
+        """What the plan costs here, as agreed when it was approved, if the policy lets this round begin now."""
+        agreed = ledger.agreement(plan.sha256)
+        if agreed is None:
+            raise _RefusedError("unknown-plan")
+        policy = self.config.permits
+        cost = cost_of(plan, agreed.declared_size, Spent(), lifetime_cap=policy.lifetime_epsilon, agreed=agreed)
+        decision = policy.at_round(plan, cost, question.round, datetime.now())
+        if isinstance(decision, Refused):
+            log.warning("%s: %s", self.name, decision.error)
+            raise _RefusedError(decision.word)
+        return cost
 
-    def _stored(self, question: Question) -> bytes | None:
-        try:
-            return self._answers.find(question)
-        except OtherWeightsError:
-            raise _RefusedError("other-weights") from None
-        except AnsweredBeforeError:
-            raise _RefusedError("answered-before") from None
+    def _paid(self, question: Question, plan: Plan, cost: Cost, ledger: Ledger) -> Reservation | None:
+        """The charge for a question, written down before anything is computed; None where nothing will be released."""
+        events = {"train": cost.of_round(question.round), "validate": (), "test": cost.of_test()}[question.kind]
+        if not cost.is_private:
+            events = cost.events
+        if not events:
+            return None
+        caps = self.config.permits.caps(cost)
+        return ledger.reserve(question, cohort=cohort_key(plan), events=events, whole_run=cost.events, caps=caps)
+
+    def _undeclared(self, plan: Plan, n_patients: int) -> int:
+        """The size where nobody declared one."""
+        proposed = round_size(max(n_patients, 1))
+        if plan.privacy is None or self.config.emulated:
+            return proposed
+        raise FederadError(
+            "C173",
+            happened="This plan needs the number of patients that training draws from, declared by somebody here.",
+            because="Sampling, noise and cost follow from it, and it is public: so it is a rounded number that you choose, "
+            "and never the exact one.",
+            remedies=(f"federad-site approve {plan.name} --patients-declared {proposed}", "or another rounded number"),
+        )
 
     def _approved_plan(self, sha256: str) -> Plan:
         plan = self._plans.approved(sha256)
@@ -316,6 +386,17 @@ class Station:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+@contextmanager
+def _in_a_word() -> Iterator[None]:
+    """What the ledger says of a question that it knows, as a refusal."""
+    try:
+        yield
+    except OtherWeightsError:
+        raise _RefusedError("other-weights") from None
+    except AnsweredBeforeError:
+        raise _RefusedError("answered-before") from None
 
 
 def _readable(data: bytes) -> Ask:

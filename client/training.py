@@ -1,7 +1,8 @@
 """The local loop: train from incoming weights, measure weights on a split.
 
 One :class:`Trainer` holds one network and is reused for every question of a plan, so that a process which serves many
-sites (a simulation's worker) needs memory for one. All randomness derives from (seed, site, round, ...).
+sites (a simulation's worker) needs memory for one. Without ``[privacy]`` all randomness derives from (seed, site, round,
+...); with it, none does: who takes part, their augmentation and the noise come from the operating system.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared_models.plan import Plan
+from client.network_contract import check_network
+from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
+from shared_models.plan import Plan, PrivacyTable
 from shared_models.seeds import derive, generator
 from shared_models.task import Sample, Task, task_for
 from shared_models.volume import Volume
 from shared_models.weights import Weights, load_weights, weights_of
+
+if TYPE_CHECKING:
+    from client.image_privacy import ImageGradients
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +93,19 @@ class Trainer:
         The plan; its seed-independent part of everything.
     device
         A torch device name, or ``"auto"`` for a GPU where there is one.
+    randomness
+        Where private sampling and noise come from: the operating system, unless a test or the simulation, which build
+        their trainers themselves, give a source of their own. No plan, setting or variable does.
     """
 
-    def __init__(self, plan: Plan, device: str = "auto") -> None:
+    def __init__(self, plan: Plan, device: str = "auto", *, randomness: Randomness | None = None) -> None:
         self.plan = plan
+        self.randomness: Randomness = randomness or SystemRandomness()
         self.device = torch.device(choose_device(device))
         self.task: Task = task_for(plan)
         self.network = self.task.build_network().to(self.device)
         self.clock = Clock()
+        self._is_checked = False
 
     def train(
         self,
@@ -109,8 +121,10 @@ class Trainer:
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
         ``proximal_mu`` every step also pulls back towards ``weights`` (FedProx, Li et al. 2020, arXiv:1812.06127, eq. 2).
-        ``on_progress`` is told after each step and changes nothing.
+        ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
         """
+        if self.plan.privacy is not None:
+            raise ValueError("a plan with [privacy] trains through train_private, or not at all")
         since = time.process_time()
         load_weights(self.network, weights)
         self.network.train()
@@ -129,6 +143,66 @@ class Trainer:
         update = {name: after[name] - weights[name] for name in after}
         self.clock.add("train", since)
         return Trained(update, float(np.mean(losses)) if losses else 0.0, len(patients))
+
+    def train_private(
+        self,
+        weights: Weights,
+        cohort: PatientSource,
+        *,
+        round_: int,
+        declared_size: int,
+        noise_multiplier: float,
+        on_progress: OnSteps | None = None,
+    ) -> Weights:
+        """Train for the plan's private steps from ``weights`` and return new minus old, and nothing else.
+
+        The weights after each step are those of a Poisson-subsampled Gaussian mechanism (``privacy``): all
+        ``steps_per_round`` steps are taken, also those in which nobody takes part. Weight decay, the proximal term and
+        the optimiser's state act on the noised gradient. A patient who cannot be read, does not fit into memory one
+        sample at a time, or has a gradient that is not finite gives zero, and the log here says so.
+
+        Parameters
+        ----------
+        weights
+            Where to start.
+        cohort
+            Its training patients are sampled.
+        round_
+            Round of the run, for the schedule of the learning rate.
+        declared_size
+            The public number of patients (or images) that the hospital declared.
+        noise_multiplier
+            Noise over clip: the plan's, or what its epsilon gave for this declared size.
+        on_progress
+            Told (steps done, steps of the round) after each step.
+
+        Raises
+        ------
+        FederadError
+            M216 if the network has a part through which patients meet.
+        ValueError
+            If the plan has no ``[privacy]``, or another noise multiplier than this one.
+        """
+        privacy = self.plan.privacy
+        if privacy is None or privacy.noise_multiplier not in (None, noise_multiplier):
+            raise ValueError(f"noise_multiplier={noise_multiplier} is not what the plan says")
+        since = time.process_time()
+        self._check_once()
+        mechanism = Mechanism.of(privacy, declared_size=declared_size, noise_multiplier=noise_multiplier)
+        load_weights(self.network, weights)
+        self.network.train()
+        anchors = [p.detach().clone() for p in self.network.parameters()] if self.plan.strategy.proximal_mu else []
+        optimizer = build_optimizer(self.plan, self.network, round_)
+        with self._gradients(privacy, cohort) as gradients:
+            for step in range(privacy.steps_per_round):
+                total = PatientSum(mechanism, sum(p.numel() for p in self.network.parameters()), self.device)
+                gradients.add_to(total, chosen(len(gradients), mechanism, self.randomness), self.randomness.secret())
+                self._private_step(optimizer, anchors, total.noised(self.randomness))
+                if on_progress is not None:
+                    on_progress(step + 1, privacy.steps_per_round)
+        after = weights_of(self.network)
+        self.clock.add("train", since)
+        return {name: after[name] - weights[name] for name in after}
 
     def measure(self, weights: Weights, cohort: PatientSource, split: Split) -> dict[str, dict[str, float]]:
         """Each metric for each patient of a split: patient key to metrics, averaged over the patient's studies."""
@@ -164,6 +238,33 @@ class Trainer:
         optimizer.step()
         return float(loss.detach())
 
+    def _private_step(self, optimizer: torch.optim.Optimizer, anchors: list[Tensor], noised: Tensor) -> None:
+        """One step of the optimiser on a noised gradient ``(d,)``; what else acts on the weights acts after the noise."""
+        parameters = list(self.network.parameters())
+        parts = torch.split(noised.to(parameters[0]), [p.numel() for p in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        for parameter, anchor in zip(parameters, anchors, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - anchor, alpha=self.plan.strategy.proximal_mu or 0.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def _gradients(self, privacy: PrivacyTable, cohort: PatientSource) -> PatientGradients | ImageGradients:
+        """Whose gradients are summed: the unit that the plan protects."""
+        parts = (self.network, self.task, cohort, self._precision)
+        if privacy.unit == "patient":
+            return PatientGradients(*parts)
+        from client.image_privacy import ImageGradients  # Opacus takes seconds to import
+
+        return ImageGradients(*parts)
+
+    def _check_once(self) -> None:
+        if not self._is_checked:
+            torch.manual_seed(0)
+            check_network(self.task.build_network().to(self.device), self.task)  # never on weights that somebody sent
+            self._is_checked = True
+
     def _batches(
         self, cohort: PatientSource, patients: Sequence[Patient], rng: np.random.Generator
     ) -> Iterator[list[Sample]]:
@@ -187,6 +288,108 @@ class Trainer:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.plan.training.precision == "bfloat16"
         )
+
+
+class PatientGradients:
+    """The mean gradient of each training patient, one backward pass at a time.
+
+    It is taken over ``samples_per_patient`` samples and ``views`` random views of each, drawn with randomness of this
+    patient and step alone; a view is another random window and mirroring of the same study. Nothing here depends on who
+    else takes part. Numbers of 16 bits, where the plan asks for them, have the range of 32 bits (bfloat16), so no
+    scale of the loss is needed, and none could depend on a patient.
+    """
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        task: Task,
+        cohort: PatientSource,
+        precision: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._network, self._task, self._cohort, self._precision = network, task, cohort, precision
+        self._patients = cohort.patients("train")
+        self._parameters = list(network.parameters())
+        self._flat: Tensor | None = None
+        self._n_samples = task.plan.training.samples_per_patient
+        self._n_views = task.plan.privacy.views if task.plan.privacy is not None else 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._network.zero_grad(set_to_none=True)
+
+    def __len__(self) -> int:
+        """Patients there are; this number never leaves."""
+        return len(self._patients)
+
+    def add_to(self, total: PatientSum, indices: Sequence[int], secret: bytes) -> None:
+        """Add the gradients of these patients to the sum of a step.
+
+        Whatever goes wrong with one patient ends with that patient: were it to end the round, the round's fate would
+        tell about the patient.
+        """
+        for i in indices:
+            patient = self._patients[i]
+            try:
+                gradient = self._gradient(patient, secret)
+                is_added = total.add(gradient, patient_seed(secret, patient.key, "rounding"))
+                reason = "" if is_added else "a gradient that is not finite"
+            except torch.AcceleratorError:
+                raise  # the device itself is gone, and everybody's gradient with it
+            except Exception as error:
+                reason = type(error).__name__
+            if reason:
+                log.warning("patient %s gives nothing to this step: %s", patient.key, reason)
+
+    def _gradient(self, patient: Patient, secret: bytes) -> Tensor:
+        """All parameters one after the other, ``(d,)``; in halves, quarters, ... where memory does not suffice."""
+        samples = self._draw(patient, np.random.default_rng(patient_seed(secret, patient.key, "augmentation")))
+        at_once = len(samples)
+        while True:
+            torch.manual_seed(patient_seed(secret, patient.key, "torch"))
+            try:
+                return self._mean_gradient(samples, at_once)
+            except (MemoryError, RuntimeError) as error:
+                if at_once == 1 or not is_out_of_memory(error):
+                    raise
+            at_once = (at_once + 1) // 2
+            if self._parameters[0].is_cuda:
+                torch.cuda.empty_cache()
+
+    def _mean_gradient(self, samples: Sequence[Sample], at_once: int) -> Tensor:
+        gradient = self._flat_gradient()
+        like = self._parameters[0]
+        for start in range(0, len(samples), at_once):
+            part = samples[start : start + at_once]
+            image = torch.from_numpy(np.stack([s.image for s in part])).to(like)
+            target = torch.from_numpy(np.stack([s.target for s in part])).to(like.device)
+            with self._precision():
+                output = self._network(image)
+            loss = self._task.loss(output.to(like), target) * (len(part) / len(samples))
+            loss.backward()  # type: ignore[no-untyped-call]
+        return gradient
+
+    def _flat_gradient(self) -> Tensor:
+        """Zeros ``(d,)`` that backward passes fill: every parameter's gradient is a view of its part."""
+        if self._flat is None:
+            self._flat = torch.zeros_like(torch.nn.utils.parameters_to_vector(self._parameters))
+        parts = torch.split(self._flat.zero_(), [p.numel() for p in self._parameters])
+        for parameter, part in zip(self._parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return self._flat
+
+    def _draw(self, patient: Patient, rng: np.random.Generator) -> list[Sample]:
+        samples = []
+        for _ in range(self._n_samples):
+            volume = self._cohort.volume(patient.studies[int(rng.integers(len(patient.studies)))])
+            samples += [self._task.draw(volume, rng) for _ in range(self._n_views)]
+        return samples
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or, where torch has no type for it, on the CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @lru_cache(maxsize=1)

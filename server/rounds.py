@@ -93,6 +93,9 @@ class RoundRecord:
     """Means over sites with validation patients, weighted by their number, of the weights after this round."""
 
     per_site: dict[str, dict[str, float]] = field(default_factory=dict)
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Under ``[privacy]``: what the run has cost a patient of each site so far, as the site reckons."""
+
     weights_sha256: str = ""
 
 
@@ -103,6 +106,7 @@ class Measured:
     mean: dict[str, float] | None
     per_site: dict[str, dict[str, float]]
     patients: dict[str, int]
+    """How many it was; under ``[privacy]`` the number that each site declared."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,9 @@ class Outcome:
     last: Weights
     test: Measured
     """Metrics of the best weights on the sites' test patients."""
+
+    cost: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Under ``[privacy]``: what the run has cost a patient of each site."""
 
 
 @dataclass
@@ -299,7 +306,7 @@ class Exchange:
             return "an update nobody asked for" if answer.update else None
         if mismatch := difference(answer.update, self._shapes):
             return mismatch
-        weight = answer.counts.get("trained", 0)
+        weight = self._rounds.weight_of(answer)
         if weight < 1:
             return "trained on no patients"
         if not np.isfinite(norm):
@@ -371,6 +378,7 @@ class Rounds:
         self._headline = task_for(plan).headline
         self._records: list[RoundRecord] = []
         self._best: tuple[float, int] = (-np.inf, 0)
+        self._cost: dict[str, dict[str, float]] = {}
 
     def run(self) -> Outcome:
         """All rounds, then validation of the last weights and test of the best.
@@ -389,7 +397,12 @@ class Rounds:
         self._note_validation(self._measure("validate", self.plan.rounds, self._weights))
         best_round = self._best_round()
         best = self._weights if best_round == self.plan.rounds else self._journal.weights(best_round)
-        return Outcome(self._records, best_round, best, self._weights, self._measure("test", best_round, best))
+        tested = self._measure("test", best_round, best)
+        return Outcome(self._records, best_round, best, self._weights, tested, dict(sorted(self._cost.items())))
+
+    def weight_of(self, answer: Answer) -> int:
+        """How much an update counts: by patients, or all alike under ``[privacy]``, where no number of patients leaves."""
+        return 1 if self.plan.privacy is not None else answer.counts.get("trained", 0)
 
     def tell(self, what: Any, question: Question, **details: Any) -> None:
         """Report progress on a question."""
@@ -437,6 +450,7 @@ class Rounds:
         if not self._records:
             return
         last = self._records[-1]
+        self._cost = dict(last.cost)
         self._weights = self._journal.committed_weights(last.round, last.weights_sha256)
         for record in self._records[:-1]:  # the last round's weights are validated again, with the next question
             self._note_best(record)
@@ -449,19 +463,20 @@ class Rounds:
         exchange = self._exchange("train", number, self._weights)
         answers: list[Answer] = []
         for answer, norm in exchange.answers():
-            weight = answer.counts["trained"]
+            weight = self.weight_of(answer)
             mean.add(answer.update, weight, norm)
             if "training_loss" in answer.metrics:
                 losses[answer.site] = (answer.metrics["training_loss"], weight)
             answers.append(_without_update(answer))
             del answer
-        self._note_validation(_measured(answers))
+        self._note_validation(self._measured(answers))
         self._require_minimum(exchange, number)
         self._weights = self._strategy.step(self._weights, mean.mean())
         record = RoundRecord(
             number,
             seconds=round(time.monotonic() - began, 3),
             replied=sorted(exchange.replied),
+            cost=dict(sorted(self._cost.items())),
             refused=sorted(exchange.refused, key=lambda entry: entry["site"]),
             missing=sorted(exchange.missing),
             training_loss=_weighted_mean([losses[site] for site in sorted(losses)]),
@@ -474,7 +489,12 @@ class Rounds:
 
     def _measure(self, kind: AskKind, number: int, weights: Weights) -> Measured:
         exchange = self._exchange(kind, number, weights)
-        return _measured([answer for answer, _ in exchange.answers()])
+        return self._measured([answer for answer, _ in exchange.answers()])
+
+    def _measured(self, answers: list[Answer]) -> Measured:
+        if self.plan.privacy is not None:
+            self._cost |= {answer.site: dict(answer.cost) for answer in answers if answer.cost}
+        return _measured(answers)
 
     def _exchange(self, kind: AskKind, number: int, weights: Weights) -> Exchange:
         return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, weights_sha256(weights)), weights)
@@ -541,19 +561,24 @@ def _unexpected(what: str) -> FederadError:
 
 def _without_update(answer: Answer) -> Answer:
     """An answer without its arrays, which have been added up and need no more memory."""
-    return Answer(answer.site, answer.question, metrics=answer.metrics, counts=answer.counts)
+    return Answer(answer.site, answer.question, metrics=answer.metrics, counts=answer.counts, cost=answer.cost)
 
 
 def _measured(answers: list[Answer]) -> Measured:
     """Means over sites, weighted by patients measured, in the order of names so that arrival does not matter."""
-    with_patients = sorted((a for a in answers if a.counts.get("measured", 0)), key=lambda a: a.site)
+    with_patients = sorted((a for a in answers if a.metrics and _n_measured(a)), key=lambda a: a.site)
     per_site = {
         a.site: {name: value for name, value in a.metrics.items() if name != "training_loss"} for a in with_patients
     }
-    patients = {a.site: a.counts["measured"] for a in with_patients}
+    patients = {a.site: _n_measured(a) for a in with_patients}
     names = list(per_site[with_patients[0].site]) if with_patients else []
     mean = {name: float(_weighted_mean([(per_site[s][name], patients[s]) for s in per_site]) or 0.0) for name in names}
     return Measured(mean or None, per_site, patients)
+
+
+def _n_measured(answer: Answer) -> int:
+    """How many patients an answer's metrics are about; under ``[privacy]`` the declared number stands for it."""
+    return int(answer.counts.get("measured", 0) or answer.cost.get("declared_size", 0))
 
 
 def _weighted_mean(pairs: list[tuple[float, int]]) -> float | None:

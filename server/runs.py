@@ -379,8 +379,9 @@ def _rounds(grid: Grid, consortium: Consortium, row: RunRow, folder: RunFolder) 
 
 def _leave(consortium: Consortium, folder: RunFolder, state: State, error: dict[str, Any]) -> None:
     """Note that the run came to no end, unless the operator stopped it meanwhile."""
-    with suppress(OSError, sqlite3.Error):  # on a full disk; the server notes it as interrupted then
+    with suppress(OSError):  # a full disk; run.log and the state may still have room
         folder.write("error.json", error)
+    with suppress(sqlite3.Error):  # the server notes it as interrupted then
         if consortium.run(folder.run).state in ACTIVE:
             consortium.set_run_state(folder.run, state)
 
@@ -402,15 +403,10 @@ def _publish(consortium: Consortium, folder: RunFolder, row: RunRow, outcome: Ou
 
 def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release) -> None:
     """``result.json``, in the form of a simulation's; the model lies in its release."""
+    from server.results import result_of
     from shared_models.task import task_for
-    from shared_models.weights import weights_sha256
 
     plan, task = row.plan, task_for(row.plan)
-    per_site: dict[str, dict[str, Any]] = {
-        site: {**metrics, "patients": outcome.test.patients[site]} for site, metrics in outcome.test.per_site.items()
-    }
-    sites = sorted({site for record in outcome.records for site in record.replied})
-    validated = any(record.validation for record in outcome.records)
     folder.write(
         "result.json",
         {
@@ -422,14 +418,8 @@ def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release) 
             "metrics": task.metrics,
             "engine": "deployment",
             "seed": row.seed,
-            "sites": [{"name": site} for site in sites],
-            "rounds": [asdict(record) for record in outcome.records],
-            "best_round": outcome.best_round,
-            "released": "best" if plan.strategy.release == "best" and validated else "last",
-            "test": {**outcome.test.mean, "per_site": per_site} if outcome.test.mean else None,
-            "privacy": None,
-            "weights_sha256": weights_sha256(outcome.last),
-            "released_sha256": weights_sha256(outcome.best),
+            "sites": [{"name": site} for site in sorted({s for record in outcome.records for s in record.replied})],
+            **result_of(plan, outcome),
             "release": release.sha256,
             "status": "finished",
         },

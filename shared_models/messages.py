@@ -23,8 +23,23 @@ SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 AskKind = Literal["train", "validate", "test"]
 """``train``: validate the incoming weights, then train from them. ``validate``, ``test``: measure them on that split."""
 
-Refusal = Literal["unreadable", "unknown-plan", "other-weights", "answered-before", "no-patients", "declined", "failed"]
-"""Every reason a site may give for not answering: a short closed list, so that a reason reveals nothing else."""
+Refusal = Literal[
+    "unreadable",
+    "unknown-plan",
+    "other-weights",
+    "answered-before",
+    "no-patients",
+    "policy",
+    "budget",
+    "hours",
+    "declined",
+    "failed",
+]
+"""Every reason a site may give for not answering: a short closed list, so that a reason reveals nothing else.
+
+``policy``, ``budget`` and ``hours`` follow from the plan, the clock, the site's rules and what was charged, all of which
+are public; whatever depends on data is ``declined``.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,11 @@ class Answer:
     """Means over this site's patients, finite."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
-    """Numbers of patients, at least 0."""
+    """Numbers of patients, at least 0; none under ``[privacy]``."""
+
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """Under ``[privacy]``: ``epsilon`` and ``delta`` of the run so far for a patient, and the ``declared_size`` they follow
+    from. Arithmetic on public numbers."""
 
 
 def encode_ask(ask: Ask) -> bytes:
@@ -102,6 +121,7 @@ def encode_answer(answer: Answer) -> bytes:
         "refusal": answer.refusal,
         "metrics": dict(answer.metrics),
         "counts": dict(answer.counts),
+        "cost": dict(answer.cost),
     }
     return encode(answer.update, json.dumps(header, sort_keys=True, allow_nan=False))
 
@@ -115,8 +135,8 @@ def decode_answer(data: bytes) -> Answer:
         M211 if the bytes are not a whole answer.
     """
     update, text = decode(data)
-    header = _header(text, {"site", "question", "refusal", "metrics", "counts"})
-    site, refusal, metrics, counts = (header[key] for key in ("site", "refusal", "metrics", "counts"))
+    header = _header(text, {"site", "question", "refusal", "metrics", "counts", "cost"})
+    site, refusal, metrics, counts, cost = (header[key] for key in ("site", "refusal", "metrics", "counts", "cost"))
     question = None if header["question"] is None else _question(header["question"])
     if not isinstance(site, str) or not re.fullmatch(SITE_NAME, site):
         raise _unreadable("the site has no name")
@@ -126,7 +146,9 @@ def decode_answer(data: bytes) -> Answer:
         raise _unreadable("a metric is not a finite number")
     if not isinstance(counts, dict) or not all(_is_int(v) and v < 2**31 for v in counts.values()):
         raise _unreadable("a count is not a whole number")
-    return Answer(site, question, refusal, update, {k: float(v) for k, v in metrics.items()}, counts)
+    if not isinstance(cost, dict) or not all(_is_finite(v) for v in cost.values()):
+        raise _unreadable("a cost is not a finite number")
+    return Answer(site, question, refusal, update, metrics, counts, cost)
 
 
 def _header(text: str, keys: set[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -22,8 +22,11 @@ from shared_models.networks import NETWORKS
 from shared_models.registry import one_of
 from shared_models.tasks import TASKS
 
-NOT_YET = ("privacy", "adaptation", "secure_sum")
+NOT_YET = ("adaptation", "secure_sum")
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
+
+WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per_step"}
+"""Keys of ``[training]`` that have no meaning under ``[privacy]``, and the key there that takes their place."""
 
 Dimensions = Literal[2, 3]
 
@@ -144,7 +147,7 @@ class StrategyTable(_Table):
     release: Literal["best", "last"] = Field(
         default="best",
         description='the model that is tested and released: "best" by validation, or the "last", as a falling schedule '
-        "wants where few patients validate",
+        "wants where few patients validate, and as [privacy] demands",
     )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
@@ -165,6 +168,84 @@ class StrategyTable(_Table):
                 f'name = "fedavg" with proximal_mu = {self.proximal_mu:g}',
                 "FedAvg has no proximal term, so the key would be ignored.",
                 'set name = "fedprox" or remove proximal_mu',
+            )
+        return self
+
+
+class PrivacyTable(_Table):
+    """Differential privacy: whom it protects, how strongly, and the steps it is paid for.
+
+    Every number here is public. The noise of a step is Gaussian with standard deviation ``noise_multiplier * clip`` on
+    the sum of what each patient gives, and the divisor is ``patients_per_step``, whatever a site holds.
+    """
+
+    unit: Literal["patient", "image"] = Field(
+        default="patient",
+        description='whom the noise hides: "patient" with all images, or "image", which does not protect patients',
+    )
+    epsilon: float | None = Field(
+        default=None, gt=0, le=1000, description="privacy loss of the whole run, above 0; the noise follows from it"
+    )
+    noise_multiplier: float | None = Field(
+        default=None, ge=0.01, le=1000, description="noise over clip, 0.01 to 1000; epsilon follows from it"
+    )
+    delta: float = Field(default=1e-5, gt=0, le=1e-5, description="slack of the promise, a probability up to 1e-5")
+    clip: float = Field(default=1.0, ge=1e-6, le=1e6, description="largest L2 norm of what one patient gives to a step")
+    clipping: Literal["flat", "automatic"] = Field(
+        default="flat",
+        description='"flat": longer gradients are cut to clip; "automatic": all are scaled to about clip',
+    )
+    clip_gamma: float | None = Field(
+        default=None, gt=0, le=1e6, description='stabiliser of the norm, for clipping = "automatic" only'
+    )
+    patients_per_step: int = Field(
+        ge=1, le=100_000, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
+    )
+    steps_per_round: int = Field(ge=1, le=100_000, description="steps of each site in each round, 1 or more")
+    views: int = Field(default=1, ge=1, le=64, description="random views of each sample, averaged within the patient")
+    metrics_every: int = Field(default=0, ge=0, le=10_000, description="rounds between noised metrics; 0 for none")
+    metrics_noise: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=1000,
+        description="noise multiplier of one release of metrics, with metrics_every only",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_epsilon_and_noise(self) -> Self:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise _ContradictionError(
+                "privacy.epsilon",
+                "neither epsilon nor noise_multiplier is given"
+                if self.epsilon is None
+                else f"epsilon = {self.epsilon:g} with noise_multiplier = {self.noise_multiplier:g}",
+                "Each of the two follows from the other.",
+                "give one of them, for example epsilon = 8.0 under [privacy]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gamma_of_automatic_clipping(self) -> Self:
+        if (self.clipping == "automatic") != (self.clip_gamma is not None):
+            raise _ContradictionError(
+                "privacy.clip_gamma",
+                'clipping = "automatic" without clip_gamma'
+                if self.clip_gamma is None
+                else f'clipping = "flat" with clip_gamma = {self.clip_gamma:g}',
+                'Automatic clipping divides by the norm plus clip_gamma, and "flat" clipping has no such number.',
+                'add clip_gamma = 0.01 under [privacy] for clipping = "automatic", or remove it for "flat"',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _noise_of_metrics(self) -> Self:
+        if (self.metrics_every > 0) != (self.metrics_noise is not None):
+            raise _ContradictionError(
+                "privacy.metrics_noise",
+                f"metrics_every = {self.metrics_every} "
+                + ("without metrics_noise" if self.metrics_noise is None else f"with {self.metrics_noise:g}"),
+                "Metrics of patients leave with noise of their own, or not at all.",
+                "give metrics_every = 5 and metrics_noise = 10.0 together under [privacy], or neither",
             )
         return self
 
@@ -197,6 +278,18 @@ class Plan(_Table):
     training: TrainingTable = Field(default_factory=TrainingTable, description="a table [training]")
     strategy: StrategyTable = Field(default_factory=StrategyTable, description="a table [strategy]")
     simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
+    privacy: PrivacyTable | None = Field(default=None, description="a table [privacy]; leave it out for none")
+
+    @model_validator(mode="after")
+    def _private_release(self) -> Self:
+        if self.privacy is not None and self.strategy.release != "last":
+            raise _ContradictionError(
+                "strategy.release",
+                'release = "best" with [privacy]',
+                "The best model is chosen by exact measurements of patients, which no noise hides.",
+                'set release = "last" under [strategy]',
+            )
+        return self
 
     @model_validator(mode="after")
     def _axes_agree(self) -> Self:
@@ -250,9 +343,14 @@ class Plan(_Table):
     def canonical_json(self) -> str:
         """Every key that has a value, sorted, without spaces: what is hashed, stored and sent.
 
-        An optional table that is left out leaves no trace, so a plan keeps its hash when a later version knows more of them.
+        An optional table that is left out leaves no trace, so a plan keeps its hash when a later version knows more of
+        them. Under ``[privacy]`` the keys that :data:`WITHOUT_PRIVACY_ONLY` names leave none either.
         """
-        return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
+        tables = self.model_dump(mode="json", exclude_none=True)
+        if self.privacy is not None:
+            for key in WITHOUT_PRIVACY_ONLY:
+                del tables["training"][key]
+        return json.dumps(tables, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -303,9 +401,28 @@ class Plan(_Table):
                     remedies=(f"remove [{table}] to run without it", "or wait for a release whose CHANGELOG names it"),
                 )
         try:
-            return cls.model_validate_json(json.dumps(tables, default=_not_json))
+            return cls.model_validate_json(json.dumps(_as_private(tables, name), default=_not_json))
         except ValidationError as error:
             raise _as_federad_error(cls, error, name) from None
+
+
+def _as_private(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    """The tables as ``[privacy]`` wants them: without its opposites, and releasing the last model unless they say so.
+
+    The check is on what was written, since a validated plan holds the default of every key.
+    """
+    training, strategy = tables.get("training", {}), tables.get("strategy", {})
+    if "privacy" not in tables or not isinstance(training, dict) or not isinstance(strategy, dict):
+        return tables
+    for key, instead in WITHOUT_PRIVACY_ONLY.items():
+        if key in training:
+            raise FederadError(
+                "P103",
+                happened=f"{name}: training.{key}: {key} with [privacy].",
+                because="Steps and their size come from public numbers then, never from how many patients a site has.",
+                remedies=(f"remove {key} from [training]; {instead} under [privacy] says it",),
+            )
+    return {**tables, "strategy": {"release": "last", **strategy}}
 
 
 def _not_json(value: object) -> dict[str, str]:
@@ -352,12 +469,20 @@ def _as_federad_error(model: type[BaseModel], error: ValidationError, name: str)
     return FederadError("P102", happened=happened, because=because, remedies=(f"{location[-1]}: {described}",))
 
 
+def table_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The table that a key holds, also where it may be left out; None for a plain value."""
+    for annotation in (field.annotation, *get_args(field.annotation)):
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+    return None
+
+
 def _look_up(model: type[BaseModel], location: list[str]) -> tuple[type[BaseModel], FieldInfo | None]:
     """The table that holds the last key of ``location``, and that key's field if it exists."""
     field: FieldInfo | None = None
     for i, part in enumerate(location):
         field = model.model_fields.get(part)
-        annotation = field.annotation if field is not None else None
-        if i < len(location) - 1 and isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        below = table_of(field) if field is not None else None
+        if i < len(location) - 1 and below is not None:
+            model = below
     return model, field

@@ -62,6 +62,9 @@ class Task(ABC):
     metrics: ClassVar[dict[str, bool]]
     """Name of each metric, and whether larger is better. The first is the headline: it chooses the best model."""
 
+    ranges: ClassVar[dict[str, tuple[float, float]]]
+    """Public range of each metric, in the same order: what lies beyond counts as the end of it where noise is added."""
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 

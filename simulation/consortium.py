@@ -196,7 +196,8 @@ def _manifest(grid: Grid, label: str, scanners: Sequence[str], n_patients: int, 
         "scanners_sha256": scanners_sha256(),
         "grid": asdict(grid),
     }
-    return {"sha256": hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest(), "inputs": inputs}
+    sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    return {"emulated": True, "sha256": sha256, "inputs": inputs}
 
 
 def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:

@@ -190,7 +190,7 @@ def outcome_of(run: RunFolder) -> Outcome:
         for site, metrics in tested["per_site"].items()
     }
     patients = {site: metrics["patients"] for site, metrics in tested["per_site"].items()}
-    mean = {name: value for name, value in tested.items() if name != "per_site"} or None
+    mean = {name: value for name, value in tested.items() if name in result["metrics"]} or None
     best_round = int(result["best_round"])
     return Outcome(
         records,
@@ -198,6 +198,7 @@ def outcome_of(run: RunFolder) -> Outcome:
         run.journal.weights(best_round),
         run.journal.weights(records[-1].round),
         Measured(mean, per_site, patients),
+        {site: {k: v for k, v in spent.items() if k != "unit"} for site, spent in (result["privacy"] or {}).items()},
     )
 
 

@@ -16,7 +16,7 @@ import json
 import platform
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,17 +25,18 @@ from typing import Any
 import numpy as np
 
 from server.journal import Journal
+from server.results import result_of
 from server.rounds import Outcome, Progress
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import task_for
-from shared_models.weights import encode, weights_sha256
+from shared_models.weights import encode
 from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.processes import one_thread, process_pool
 from simulation.scanners import scanners_sha256
-from simulation.stations import SiteFolder, cohort_of, open_station, prepare_stations
+from simulation.stations import SiteFolder, cohort_of, forget_history, open_station, prepare_stations
 
 
 class Watcher:
@@ -66,7 +67,7 @@ class Request:
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
     compare: bool = True
-    """Whether to train the central and the local models too."""
+    """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
     command: str = ""
 
@@ -112,7 +113,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=watcher.progress,
         )
         result |= report_outcome(request, folder, outcome)
-        if request.compare and outcome.test.per_site:
+        if request.compare and request.plan.privacy is None and outcome.test.per_site:
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
@@ -189,7 +190,7 @@ def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None
     """Stations ready, with nothing answered before."""
     watcher.stage("reading images", len(sites))
     for site in sites:
-        shutil.rmtree(site.station / "answers", ignore_errors=True)
+        forget_history(site.station)
     prepare_stations(
         request.plan,
         sites,
@@ -244,19 +245,8 @@ def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
 def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str, Any]:
     """The part of a result that the rounds gave; the released weights go to ``model.safetensors``."""
     header = {"plan": json.loads(request.plan.canonical_json()), "round": outcome.best_round}
-    validated = any(record.validation for record in outcome.records)
     (folder / "model.safetensors").write_bytes(encode(outcome.best, json.dumps(header, sort_keys=True)))
-    per_site: dict[str, dict[str, Any]] = {
-        site: {**metrics, "patients": outcome.test.patients[site]} for site, metrics in outcome.test.per_site.items()
-    }
-    return {
-        "rounds": [asdict(record) for record in outcome.records],
-        "best_round": outcome.best_round,
-        "released": "best" if request.plan.strategy.release == "best" and validated else "last",
-        "test": {**outcome.test.mean, "per_site": per_site} if outcome.test.mean else None,
-        "weights_sha256": weights_sha256(outcome.last),
-        "released_sha256": weights_sha256(outcome.best),
-    }
+    return result_of(request.plan, outcome)
 
 
 def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:

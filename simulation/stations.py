@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import as_completed
@@ -50,7 +51,8 @@ def prepare_stations(
 
 def _prepare(plan: Plan, site: SiteFolder, seed: int) -> str:
     secret = b"".join(derive(seed, site.name, "secret", part).to_bytes(8, "big") for part in range(4))
-    station = Station.create(site.station, SiteConfig(name=site.name, data=str(site.data)), secret=secret)
+    config = SiteConfig(name=site.name, data=str(site.data), emulated=True)
+    station = Station.create(site.station, config, secret=secret)
     try:
         station.approve(plan)
     except FederadError as error:
@@ -58,6 +60,13 @@ def _prepare(plan: Plan, site: SiteFolder, seed: int) -> str:
             error.code, happened=f"{site.name}: {error.happened}", because=error.because, remedies=error.remedies
         ) from None
     return site.name
+
+
+def forget_history(station: Path) -> None:
+    """Let an emulated station begin anew, with its images still prepared: no real one can."""
+    for path in (*station.glob("ledger.*"), *station.glob("audit.*")):
+        path.unlink()
+    shutil.rmtree(station / "answers", ignore_errors=True)
 
 
 @lru_cache(maxsize=4096)

@@ -50,7 +50,7 @@ def make_site(root: Path, data: Path, operator: Operator, name: str = "site-1") 
     """A site's folder that knows its operator, without a courier's keys."""
     folder = SiteFolder(root)
     folder.make()
-    Station.create(folder.station, SiteConfig(name=name, data=str(data), device="cpu")).trust(
+    Station.create(folder.station, SiteConfig(name=name, data=str(data), device="cpu", emulated=True)).trust(
         operator.name, operator.public_pem
     )
     return folder

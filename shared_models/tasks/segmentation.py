@@ -39,6 +39,7 @@ class Segmentation(Task):
     """One label for every voxel; see the module for methods and sources."""
 
     metrics: ClassVar[dict[str, bool]] = {"dice": True, "hd95_mm": False}
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"dice": (0.0, 1.0), "hd95_mm": (0.0, 100.0)}
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)

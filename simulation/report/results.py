@@ -51,6 +51,8 @@ class Tested(Part):
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: Metrics
     per_site: dict[str, Metrics]
+    interval: dict[str, tuple[float, float]] | None = None
+    """Where 95 % of the noise around each mean lies; None without noise."""
 
     @property
     def mean(self) -> Metrics:
@@ -114,6 +116,8 @@ class Budget(Part):
     unit: str
     epsilon: float
     delta: float
+    declared_size: int
+    """Public number of patients that its training draws from."""
 
 
 class Run(Part):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,13 +21,20 @@ from rich.table import Table
 
 ENGINES = [("in-process", n) for n in (4, 16, 64)] + [("flower-ray", n) for n in (4, 16)]
 AGGREGATIONS = [("ours", 4), ("ours", 20), ("flower", 20)]
-TARGETS = {"overhead": 0.05, "memory_64_over_4": 1.05, "aggregation": 4.0}
+NETWORKS = ("default", "larger")
+TARGETS = {
+    "overhead": 0.05,
+    "memory_64_over_4": 1.05,
+    "aggregation": 4.0,
+    "private_time": 1.4,
+    "private_memory": 0.65,
+}
 
 
-def measure(module: str, *arguments: object) -> dict[str, Any]:
-    """The JSON line that a benchmark prints last."""
+def measure(module: str, *arguments: object, **variables: str) -> dict[str, Any]:
+    """The JSON line that a benchmark prints last; ``variables`` are added to its environment."""
     command = [sys.executable, "-m", f"tests.benchmarks.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables})
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     row: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -35,15 +44,14 @@ def measure(module: str, *arguments: object) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path(".bench"))
-    parser.add_argument("--only", choices=("engines", "aggregation"))
+    parser.add_argument("--only", choices=("engines", "aggregation", "privacy"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     result: dict[str, Any] = {}
-    if options.only != "aggregation":
-        result |= engines(console)
-    if options.only != "engines":
-        result |= aggregation(console)
+    for part in (engines, aggregation, privacy):
+        if options.only in (None, part.__name__):
+            result |= part(console)
     (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"written to {options.out / 'bench.json'}")
 
@@ -91,6 +99,40 @@ def aggregation(console: Console) -> dict[str, Any]:
         )
     console.print(table)
     return {"aggregation": rows}
+
+
+def privacy(console: Console) -> dict[str, Any]:
+    """Time and memory of a private step over those of a plain one; three of each in turn, and their medians."""
+    table = Table(
+        title="Private step, secure noise included / plain step: 4 patients x 4 slices of 96 x 96, one thread"
+    )
+    for column in ("network", "parameters", "plain CPU s", "time", "target", "memory", "target"):
+        table.add_column(column, justify="right")
+    rows = []
+    for network in track(NETWORKS, "privacy", console=console):
+        pairs = [[measure("privacy", mode, network) for mode in ("plain", "private")] for _ in range(3)]
+        plain, private = (
+            measure("privacy", mode, network, MALLOC_MMAP_THRESHOLD_="65536") for mode in ("plain", "private")
+        )
+        row = {
+            "network": network,
+            "parameters": plain["parameters"],
+            "plain_cpu_s": statistics.median(one["cpu_s"] for one, _ in pairs),
+            "time": statistics.median(two["cpu_s"] / one["cpu_s"] for one, two in pairs),
+            "memory": private["memory_mb"] / plain["memory_mb"],
+        }
+        rows.append(row)
+        table.add_row(
+            network,
+            str(row["parameters"]),
+            f"{row['plain_cpu_s']:.2f}",
+            f"{row['time']:.2f}",
+            f"<= {TARGETS['private_time']}",
+            f"{row['memory']:.2f}",
+            f"<= {TARGETS['private_memory']}",
+        )
+    console.print(table)
+    return {"privacy": rows}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def make_sites(folder: Path, n_sites: int) -> list[Path]:
         station = folder / f"site-{i}"
         shutil.rmtree(station, ignore_errors=True)
         shutil.copytree(folder / "original", station)
-        SiteConfig(name=f"site-{i}", data=str(folder)).save(station)
+        SiteConfig(name=f"site-{i}", data=str(folder), emulated=True).save(station)
         stations.append(station)
     return stations
 

@@ -19,6 +19,7 @@ VALUES = {
     "update": {"w": np.array([0.5, -1.0], np.float32)},
     "metric": {"dice": 0.75, "training_loss": 0.5},
     "count": {"trained": 3, "measured": 1},
+    "cost": {"epsilon": 2.5, "delta": 1e-5, "declared_size": 200.0},
 }
 
 
@@ -43,7 +44,7 @@ class TestRelease:
         """
         A new kind of release is a decision: it changes this list, and the answer has a field for each and no other.
         """
-        assert get_args(Kind) == ("update", "metric", "count")
+        assert get_args(Kind) == ("update", "metric", "count", "cost")
         assert [field.name for field in fields(Answer)] == [
             "site",
             "question",
@@ -51,6 +52,7 @@ class TestRelease:
             "update",
             "metrics",
             "counts",
+            "cost",
         ]
 
     @pytest.mark.parametrize("kind", get_args(Kind))
@@ -59,7 +61,7 @@ class TestRelease:
         What was not released is empty on the other side.
         """
         answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]))
-        left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts}
+        left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts, "cost": answer.cost}
 
         assert {name for name, value in left.items() if value} == {kind}
 
@@ -124,6 +126,7 @@ class TestRefuse:
             "refusal": word,
             "metrics": {},
             "counts": {},
+            "cost": {},
         }
 
     def test_word_that_is_not_on_the_list_is_stopped(self, gate):

@@ -41,7 +41,9 @@ class TestFullDisk:
         """
         A full disk ends in C142; what was prepared is kept, and with more room the same command ends well.
         """
-        station = Station.create(small_disk / "station", SiteConfig(name="site-1", data=str(hospitals[0].folder)))
+        station = Station.create(
+            small_disk / "station", SiteConfig(name="site-1", data=str(hospitals[0].folder), emulated=True)
+        )
         with pytest.raises(FederadError) as caught:
             station.approve(smoke_plan)
         assert caught.value.code == "C142"
@@ -51,7 +53,7 @@ class TestFullDisk:
         cohort = station.approve(smoke_plan)
         elsewhere = Station.create(
             tmp_path / "station",
-            SiteConfig(name="site-1", data=str(hospitals[0].folder)),
+            SiteConfig(name="site-1", data=str(hospitals[0].folder), emulated=True),
             secret=(small_disk / "station" / "secret").read_bytes(),
         ).approve(smoke_plan)
 
@@ -67,7 +69,9 @@ class TestFullDisk:
         from shared_models.task import task_for
         from shared_models.weights import initial_weights, weights_sha256
 
-        station = Station.create(tmp_path / "station", SiteConfig(name="site-1", data=str(hospitals[0].folder)))
+        station = Station.create(
+            tmp_path / "station", SiteConfig(name="site-1", data=str(hospitals[0].folder), emulated=True)
+        )
         station.approve(smoke_plan)
         shutil.rmtree(tmp_path / "station" / "answers")
         (small_disk / "answers").mkdir()

@@ -22,6 +22,7 @@ from shared_models.plan import Plan
 from shared_models.release import verify_folder
 from shared_models.weights import weights_sha256
 from simulation.engine import Execution, run_rounds
+from simulation.stations import forget_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.system, needs_nginx]
 
@@ -89,7 +90,7 @@ class Staged:
         stations = []
         for name in SITES:
             station = shutil.copytree(self.folder / name / "station", folder / name)
-            shutil.rmtree(station / "answers", ignore_errors=True)
+            forget_history(station)
             stations.append(station)
         outcome = run_rounds(plan, stations, Journal(folder / "journal"), seed=0, execution=Execution(workers=1))
         return weights_sha256(outcome.last)

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shared_models.errors import FederadError
-from shared_models.plan import NOT_YET, Plan
+from shared_models.plan import NOT_YET, Plan, table_of
 
 PLANS = Path(__file__).parents[2] / "simulation" / "plans"
 
@@ -97,15 +97,17 @@ minimum_sites = 3
 deadline_s = 3600
 """
 
+DESIGN_PRIVACY = {
+    "unit": "patient",
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "clip": 1.0,
+    "patients_per_step": 16,
+    "steps_per_round": 10,
+}
+"""The table of the design's example."""
+
 RESERVED = {
-    "privacy": {
-        "unit": "patient",
-        "epsilon": 8.0,
-        "delta": 1e-5,
-        "clip": 1.0,
-        "patients_per_step": 16,
-        "steps_per_round": 10,
-    },
     "adaptation": {"appearance": True, "adversarial": "scanner", "strength": 0.3},
     "secure_sum": {"threshold": 0.67},
 }
@@ -117,8 +119,8 @@ def keys_of(model: type[BaseModel], above: Key = ()) -> list[Key]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append((*above, name))
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += keys_of(field.annotation, (*above, name))
+        if (table := table_of(field)) is not None:
+            keys += keys_of(table, (*above, name))
     return keys
 
 
@@ -184,6 +186,31 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 KEYS = keys_in(FULL)
 LEAVES = [key for key in KEYS if not isinstance(value_at(FULL, key), dict)]
 
+PRIVACY: Tables = {
+    "unit": "image",
+    "noise_multiplier": 1.5,
+    "delta": 1e-6,
+    "clip": 0.5,
+    "clipping": "automatic",
+    "clip_gamma": 0.1,
+    "patients_per_step": 16,
+    "steps_per_round": 10,
+    "views": 2,
+    "metrics_every": 5,
+    "metrics_noise": 10.0,
+}
+"""Every key of ``[privacy]`` but epsilon, none at its default."""
+
+PRIVATE: Tables = {
+    **FULL,
+    "training": {k: v for k, v in FULL["training"].items() if k not in ("epochs", "batch_size")},
+    "privacy": PRIVACY,
+}
+"""The full plan with privacy in place of epochs and batches."""
+
+PRIVATE_LEAVES = [("privacy", key) for key in PRIVACY]
+PRIVATE_KEYS = [("privacy",), ("privacy", "epsilon"), *PRIVATE_LEAVES]
+
 
 LEAST_KEYS = (
     ("name",), ("rounds",), ("task", "kind"), ("task", "labels"), ("task", "network"),
@@ -205,7 +232,7 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        assert set(KEYS) == set(keys_of(Plan))
+        assert set(KEYS) | set(PRIVATE_KEYS) == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
@@ -416,7 +443,7 @@ class TestContradictions:
         """
         No check between keys exists that the cases above leave out.
         """
-        tables = [Plan, *(f.annotation for f in Plan.model_fields.values())]
+        tables = [Plan, *(table_of(f) for f in Plan.model_fields.values())]
         tables += [f.annotation for t in tables[1:] if hasattr(t, "model_fields") for f in t.model_fields.values()]
         checks = {
             name
@@ -425,7 +452,7 @@ class TestContradictions:
             for name in table.__pydantic_decorators__.model_validators
         }
 
-        assert checks == {check for check, *_ in self.CASES}
+        assert checks == {check for check, *_ in (*self.CASES, *TestPrivacy.CASES) if check}
 
     def test_patch_that_shrinks_to_one_voxel_is_refused(self):
         """
@@ -434,6 +461,140 @@ class TestContradictions:
         tables = with_value(("task", "channels"), [8, 16, 32, 64], with_value(("data", "patch"), [8, 8]))
 
         assert refused(tables).code == "P103"
+
+
+class TestPrivacy:
+    CASES = (
+        ("_one_of_epsilon_and_noise", ("privacy", "epsilon"), 8.0, "privacy.epsilon"),
+        ("_gamma_of_automatic_clipping", ("privacy", "clipping"), "flat", "privacy.clip_gamma"),
+        ("_noise_of_metrics", ("privacy", "metrics_every"), 0, "privacy.metrics_noise"),
+        ("_private_release", ("strategy", "release"), "best", "strategy.release"),
+        ("", ("training", "epochs"), 1, "training.epochs"),
+        ("", ("training", "batch_size"), 8, "training.batch_size"),
+    )
+
+    def test_full_table_holds_no_default(self):
+        """
+        The table that these tests walk through has a value of its own for every key.
+        """
+        least = {"epsilon": 8.0, "patients_per_step": 1, "steps_per_round": 1}
+        plan = Plan.from_tables({**LEAST, "privacy": least})
+
+        for key in PRIVATE_LEAVES:
+            assert value_at(Plan.from_tables(PRIVATE).model_dump(mode="json"), key) != getattr(plan.privacy, key[1])
+
+    def test_table_of_the_design_loads_and_releases_the_last_model(self):
+        """
+        The design's example says nothing of the release: with privacy it is the last model, without the best.
+        """
+        lines = [line for line in DESIGN_EXAMPLE.splitlines() if not line.startswith(("epochs", "batch_size"))]
+        text = "\n".join(lines)
+        plan = Plan.from_toml(f"{text}\n{as_toml({'privacy': DESIGN_PRIVACY})}")
+
+        assert plan.privacy is not None
+        assert (plan.privacy.epsilon, plan.privacy.clipping, plan.privacy.views) == (8.0, "flat", 1)
+        assert (plan.strategy.release, Plan.from_toml(text).strategy.release) == ("last", "best")
+
+    @pytest.mark.parametrize("key", [("privacy",), *PRIVATE_LEAVES], ids=key_id)
+    def test_value_of_another_type_is_refused_with_key_and_remedy(self, key):
+        """
+        A value of the wrong type is named together with its key, and the remedy says what belongs there.
+        """
+        for wrong in wrong_types(value_at(PRIVATE, key)):
+            error = refused(with_value(key, wrong, PRIVATE))
+
+            assert error.code == "P102", wrong
+            assert f"the plan: {key_id(key)}" in error.happened
+            assert key[-1] in " ".join(error.remedies) or "keys here are" in error.remedies[0]
+
+    @pytest.mark.parametrize("key", PRIVATE_LEAVES, ids=key_id)
+    def test_misspelt_key_is_refused_with_the_likely_one(self, key):
+        """
+        A misspelt key is never ignored: it could be the one that protects.
+        """
+        error = refused(with_value((*key[:-1], f"{key[-1]}x"), 1, PRIVATE))
+
+        assert error.remedies == (f"did you mean {key[-1]}?",)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("unit", "study"),
+            ("delta", 1.1e-5),
+            ("delta", 0.0),
+            ("noise_multiplier", 0.0),
+            ("clip", 0.0),
+            ("clipping", "per-layer"),
+            ("patients_per_step", 0),
+            ("steps_per_round", 0),
+            ("views", 0),
+            ("metrics_every", -1),
+            ("metrics_noise", 0.0),
+        ],
+    )
+    def test_impossible_value_is_refused(self, key, value):
+        """
+        A value under which the promise would be empty is refused with the key and the value.
+        """
+        error = refused(with_value(("privacy", key), value, PRIVATE))
+
+        assert error.code == "P102"
+        assert f"privacy.{key} = {json.dumps(value)}" in error.happened
+
+    @pytest.mark.parametrize(("key", "value", "named"), [case[1:] for case in CASES], ids=[key_id(c[1]) for c in CASES])
+    def test_contradiction_is_refused_with_a_way_out(self, key, value, named):
+        """
+        What privacy excludes is named together with what to write instead.
+        """
+        error = refused(with_value(key, value, PRIVATE))
+
+        assert error.code == "P103"
+        assert error.happened.startswith(f"the plan: {named}: ")
+        assert error.remedies[0]
+
+    @pytest.mark.parametrize("key", ["noise_multiplier", "clip_gamma", "metrics_noise"])
+    def test_half_of_a_pair_is_refused(self, key):
+        """
+        Two keys that need each other are asked for together.
+        """
+        assert refused(without(("privacy", key), PRIVATE)).code == "P103"
+
+    @pytest.mark.parametrize("key", ["patients_per_step", "steps_per_round"])
+    def test_steps_and_their_size_have_no_default(self, key):
+        """
+        What the noise is divided by and how often it is drawn is said in the plan.
+        """
+        error = refused(without(("privacy", key), PRIVATE))
+
+        assert error.happened == f"the plan: privacy.{key} is missing."
+
+    def test_refusal_of_epochs_names_the_key_that_takes_its_place(self):
+        """
+        Who writes epochs or batch_size learns the key to write instead.
+        """
+        for key, instead in (("epochs", "steps_per_round"), ("batch_size", "patients_per_step")):
+            assert instead in refused(with_value(("training", key), 1, PRIVATE)).remedies[0]
+
+    def test_stored_form_is_read_as_the_same_plan_on_every_way(self):
+        """
+        The canonical text has no key that privacy excludes, so it is read again from JSON and from tables alike.
+        """
+        plan = Plan.from_tables(PRIVATE)
+        text = plan.canonical_json()
+
+        assert "epochs" not in text
+        assert Plan.model_validate_json(text) == Plan.from_tables(json.loads(text)) == plan
+        assert text == json.dumps(PRIVATE, sort_keys=True, separators=(",", ":"))
+
+    @pytest.mark.parametrize("key", PRIVATE_LEAVES, ids=key_id)
+    def test_any_single_value_changes_the_identity(self, key):
+        """
+        Nothing that bears on privacy can change without making another plan.
+        """
+        plan = Plan.from_tables(PRIVATE)
+        changed = plan.privacy.model_copy(update={key[1]: another(getattr(plan.privacy, key[1]))})
+
+        assert plan.model_copy(update={"privacy": changed}).sha256 != plan.sha256
 
 
 class TestNotYet:

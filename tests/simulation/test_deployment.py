@@ -14,6 +14,7 @@ from shared_models.errors import FederadError
 from shared_models.weights import weights_sha256
 from simulation import deployment
 from simulation.engine import Execution, run_rounds
+from simulation.stations import forget_history
 
 needs_nginx = pytest.mark.skipif(
     shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin") is None, reason="nginx is not installed"
@@ -43,7 +44,7 @@ class TestStaged:
         execution = Execution("deployment", staging=tmp_path / "staging")
         deployed = run_rounds(smoke_plan, stations, journal, seed=0, execution=execution, on_progress=events.append)
         for station in stations:
-            shutil.rmtree(station / "answers")
+            forget_history(station)
         here = run_rounds(smoke_plan, stations, Journal(tmp_path / "here"), seed=0, execution=Execution())
 
         assert weights_sha256(deployed.last) == weights_sha256(here.last)

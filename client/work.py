@@ -1,0 +1,124 @@
+"""What a station computes for a question: releases for the gate, with or without ``[privacy]``.
+
+By the time anything here runs the question is permitted and paid for. Under privacy nothing comes back that is exact: the
+weights are those of noised steps, metrics are noised means, and numbers of patients stay here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from client.gate import Release
+from client.ledger import Reservation
+from client.policy import Cost
+from client.privacy import Mechanism, PatientSum, patient_seed
+from client.training import OnSteps, Patient, PatientSource, Split, Trainer, mean_metrics
+from shared_models.messages import Ask
+from shared_models.noised import NoisedMeans
+from shared_models.volume import Volume
+from shared_models.weights import Weights
+
+log = logging.getLogger(__name__)
+
+
+def exact_releases(
+    trainer: Trainer, cohort: PatientSource, ask: Ask, *, site: str, on_progress: OnSteps | None = None
+) -> list[Release]:
+    """Everything a question asks for, as it is: for plans without ``[privacy]``."""
+    measured = trainer.measure(ask.weights, cohort, "test" if ask.question.kind == "test" else "validation")
+    metrics = mean_metrics(list(measured.values()))
+    counts = {"measured": len(measured)}
+    if ask.question.kind != "train":
+        return [Release("metric", metrics), Release("count", counts)]
+    trained = trainer.train(
+        ask.weights, cohort, seed=ask.seed, site=site, round_=ask.question.round, on_progress=on_progress
+    )
+    return [
+        Release("update", trained.update),
+        Release("metric", metrics | {"training_loss": trained.loss}),
+        Release("count", counts | {"trained": trained.n_patients}),
+    ]
+
+
+def noised_releases(
+    trainer: Trainer,
+    cohort: PatientSource,
+    ask: Ask,
+    *,
+    cost: Cost,
+    reservation: Reservation | None,
+    on_progress: OnSteps | None = None,
+) -> list[Release]:
+    """What a plan with ``[privacy]`` pays for: noised metrics where they are due, noised steps where it trains.
+
+    Parameters
+    ----------
+    cost
+        Of the plan here.
+    reservation
+        What this question was charged to; None for one that costs nothing, and then nothing is released.
+    """
+    if reservation is None:
+        return []
+    question = ask.question
+    releases = [
+        Release(
+            "cost", {"epsilon": reservation.epsilon, "delta": cost.delta, "declared_size": float(cost.declared_size)}
+        )
+    ]
+    if question.kind == "test":
+        metrics = noised_metrics(trainer, ask.weights, cohort, "test", cost.declared_size)
+        return [*releases, Release("metric", metrics, is_noised=True)]
+    if cost.has_metrics(question.round):
+        metrics = noised_metrics(trainer, ask.weights, cohort, "validation", cost.declared_size)
+        releases.append(Release("metric", metrics, is_noised=True))
+    update = trainer.train_private(
+        ask.weights,
+        cohort,
+        round_=question.round,
+        declared_size=cost.declared_size,
+        noise_multiplier=cost.noise_multiplier,
+        on_progress=on_progress,
+    )
+    return [*releases, Release("update", update, is_noised=True)]
+
+
+def noised_metrics(
+    trainer: Trainer, weights: Weights, cohort: PatientSource, split: Literal["validation", "test"], declared_size: int
+) -> dict[str, float]:
+    """Means over a split's patients with the plan's noise; one who cannot be measured counts as none at all."""
+    means = NoisedMeans.of(trainer.task, split, declared_size)
+    mechanism = Mechanism(
+        sampling_rate=1.0, noise_multiplier=means.noise_multiplier, clip=means.clip, divisor=means.n_patients
+    )
+    total = PatientSum(mechanism, len(means.ranges))
+    secret = trainer.randomness.secret()
+    for patient in cohort.patients(split):
+        try:
+            measured = trainer.measure(weights, _Only(cohort, patient), split)[patient.key]
+        except Exception as error:
+            log.warning(
+                "a patient of the %s split cannot be measured and counts as none (%s)", split, type(error).__name__
+            )
+            continue
+        total.add(torch.from_numpy(means.vector(measured)), patient_seed(secret, patient.key, "metrics"))
+    return means.means(total.noised(trainer.randomness).numpy())
+
+
+@dataclass(frozen=True)
+class _Only:
+    """A cohort as if it had one patient."""
+
+    cohort: PatientSource
+    patient: Patient
+
+    def patients(self, split: Split) -> Sequence[Patient]:
+        return [self.patient]
+
+    def volume(self, study: str) -> Volume:
+        return self.cohort.volume(study)
