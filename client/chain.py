@@ -24,7 +24,7 @@ import hmac
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -135,13 +135,8 @@ class Chain:
             db.execute("COMMIT")
             self._write_anchor(book.new)
 
-    def recover(self, on_entry: Callable[[sqlite3.Connection, Entry], None]) -> int:
+    def recover(self) -> int:
         """Take over what the anchor holds beyond the database, after an older copy of the database was put back.
-
-        Parameters
-        ----------
-        on_entry
-            Called for each entry taken over, inside the transaction.
 
         Returns
         -------
@@ -161,7 +156,7 @@ class Chain:
             book = Book(db, list(entries), self._key)
             for line in anchored[len(lines) :]:
                 try:
-                    on_entry(db, book._add(line))
+                    book._add(line)
                 except ValueError:
                     raise _not_whole(self.anchor, f"line {len(book.entries) + 1} was changed") from None
             db.execute("COMMIT")

@@ -23,11 +23,10 @@ import hashlib
 import hmac
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from sqlite3 import Connection
 from typing import Self
 
 from client.accounting import Event, epsilon, filter_order, rdp, rdp_to_epsilon
@@ -221,14 +220,7 @@ class Ledger:
         FederadError
             C166 if the anchor does not go on where the ledger ends; C164, C168 as in :meth:`open`.
         """
-        ledger = cls(folder, secret, anchor)
-
-        def remember(db: Connection, entry: Entry) -> None:
-            if entry["event"] == "answer":
-                with suppress(AnsweredBeforeError):
-                    AnswerStore.record(db, Question(**entry["question"]), entry["sha256"], None)
-
-        return ledger._chain.recover(remember)
+        return cls(folder, secret, anchor)._chain.recover()
 
     @classmethod
     def begin_anew(cls, folder: Path, secret: bytes, anchor: Path | None = None) -> Self:

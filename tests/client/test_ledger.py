@@ -133,6 +133,15 @@ class TestCharges:
         assert [opened(folder).find(question_of(1)) for _ in range(2)] == [answer_to(1)] * 2
         assert opened(folder).spent().settled == {c.n for c in ledger.spent().charges}
 
+    def test_bytes_of_older_rounds_go_while_the_station_runs(self, ledger, folder):
+        """
+        The newest two rounds keep their bytes on the disk; nobody has to open the ledger anew for that.
+        """
+        for round_ in (1, 2, 3, 4):
+            train(ledger, round_)
+
+        assert sorted(path.name[:6] for path in (folder / "answers").iterdir()) == ["000003", "000004"]
+
     def test_rounds_of_a_run_are_reckoned_together(self, ledger):
         """
         Four rounds of ten steps cost what forty steps cost: less than four times one, and more than one.
