@@ -63,7 +63,7 @@ Declared = Annotated[
     typer.Option(
         "--patients-declared",
         min=1,
-        help="Rounded, public number of patients that training draws from; under [privacy].",
+        help="Rounded, public number of patients that training draws from (of images with unit = image).",
     ),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="Folder with this site's images; it is only read.")]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from client.network_contract import Batch, example_batch
 from client.privacy import PatientSum, patient_seed
-from client.training import PatientSource, is_out_of_memory
+from client.training import Patient, PatientSource, is_out_of_memory
 from shared_models.errors import FederadError
 from shared_models.task import Sample, Task
 from shared_models.volume import Volume
@@ -72,8 +72,11 @@ class ImageGradients:
         check_sample_gradients(task.build_network().to(next(network.parameters()).device), task)
         self._task, self._cohort, self._precision = task, cohort, precision
         self._hooked = Hooked(network)
-        self._images = images_of(cohort, task.plan.data.dimensions)
-        n_views = task.plan.privacy.views if task.plan.privacy is not None else 1
+        privacy = task.plan.privacy
+        if privacy is None or privacy.images_per_patient is None:
+            raise ValueError("the plan does not protect images")
+        self._images = images_of(cohort, task.plan.data.dimensions, most=privacy.images_per_patient)
+        n_views = privacy.views
         self._n_samples = task.plan.training.samples_per_patient * n_views
 
     def __enter__(self) -> Self:
@@ -199,17 +202,26 @@ def check_sample_gradients(network: nn.Module, task: Task) -> None:
         raise _refused(f"Opacus' gradient of an image differs from the ordinary one by {float(difference.max()):.0%}")
 
 
-def images_of(cohort: PatientSource, dimensions: int) -> list[Image]:
-    """Every training image of a cohort, always in the same order; a study that cannot be read has none."""
+def images_of(cohort: PatientSource, dimensions: int, *, most: int) -> list[Image]:
+    """The training images of a cohort, always in the same order; a study that cannot be read has none.
+
+    No patient has more than ``most``: the first ones, whoever else is there.
+    """
     images: list[Image] = []
     for patient in cohort.patients("train"):
-        for study in patient.studies:
-            try:
-                n_slices = cohort.volume(study).image.shape[1]
-            except Exception as error:
-                log.warning("a study gives no images: %s", type(error).__name__)
-                continue
-            images += [Image(study, z) for z in range(n_slices)] if dimensions == 2 else [Image(study, None)]
+        images += _of_patient(cohort, patient, dimensions)[:most]
+    return images
+
+
+def _of_patient(cohort: PatientSource, patient: Patient, dimensions: int) -> list[Image]:
+    images: list[Image] = []
+    for study in patient.studies:
+        try:
+            n_slices = cohort.volume(study).image.shape[1]
+        except Exception as error:
+            log.warning("a study gives no images: %s", type(error).__name__)
+            continue
+        images += [Image(study, z) for z in range(n_slices)] if dimensions == 2 else [Image(study, None)]
     return images
 
 

@@ -377,7 +377,7 @@ def cost_of(
         )
     rate = min(1.0, privacy.patients_per_step / size)
     steps = privacy.steps_per_round * plan.rounds
-    images = plan.training.samples_per_patient if privacy.unit == "image" else 1
+    images = privacy.images_per_patient or 1
     metrics = _metric_events(privacy, plan.rounds)
     # The epsilon of an image-level plan is an image's; what it means for a patient is reckoned from the noise.
     counted = metrics if privacy.unit == "patient" else ()

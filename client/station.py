@@ -132,7 +132,7 @@ class Station:
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
         n_patients = len(cohort.patients("train"))
         if declared_size is None:
-            declared_size = self._undeclared(plan, n_patients)
+            declared_size = self._undeclared(plan, cohort)
         ledger, policy = self.ledger(), self.config.permits
         spent = ledger.spent()
         cost = cost_of(plan, declared_size, spent, lifetime_cap=policy.lifetime_epsilon)
@@ -358,14 +358,19 @@ class Station:
         caps = self.config.permits.caps(cost)
         return ledger.reserve(question, cohort=cohort_key(plan), events=events, whole_run=cost.events, caps=caps)
 
-    def _undeclared(self, plan: Plan, n_patients: int) -> int:
-        """The size where nobody declared one."""
-        proposed = round_size(max(n_patients, 1))
+    def _undeclared(self, plan: Plan, cohort: Cohort) -> int:
+        """The size where nobody declared one: at an emulated hospital, and where it means nothing."""
+        size, unit = len(cohort.patients("train")), "patients"
+        if plan.privacy is not None and plan.privacy.images_per_patient is not None:
+            from client.image_privacy import images_of
+
+            size, unit = len(images_of(cohort, plan.data.dimensions, most=plan.privacy.images_per_patient)), "images"
+        proposed = round_size(max(size, 1))
         if plan.privacy is None or self.config.emulated:
             return proposed
         raise FederadError(
             "C173",
-            happened="This plan needs the number of patients that training draws from, declared by somebody here.",
+            happened=f"This plan needs the number of {unit} that training draws from, declared by somebody here.",
             because="Sampling, noise and cost follow from it, and it is public: so it is a rounded number that you choose, "
             "and never the exact one.",
             remedies=(f"federad-site approve {plan.name} --patients-declared {proposed}", "or another rounded number"),

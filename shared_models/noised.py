@@ -35,15 +35,16 @@ class NoisedMeans:
 
     @classmethod
     def of(cls, task: Task, split: Literal["validation", "test"], declared_size: int) -> Self:
-        """What a plan with ``metrics_noise`` asks for at a site that declared this many training patients.
+        """What a plan with ``metrics_noise`` asks for at a site that declared this many training patients (or images).
 
-        A split has as many patients as its share of the plan says, next to those that train.
+        A split has as many patients as its share of the plan says, next to those that train; where images were declared,
+        as many as had the most images that the plan allows.
         """
         privacy, shares = task.plan.privacy, task.plan.data.split
         if privacy is None or privacy.metrics_noise is None:
             raise ValueError("the plan asks for no noised metrics")
         share = shares.validation if split == "validation" else shares.test
-        n_patients = max(1, round(declared_size * share / shares.train))
+        n_patients = max(1, round(declared_size / (privacy.images_per_patient or 1) * share / shares.train))
         return cls(task.ranges, privacy.metrics_noise, n_patients)
 
     @property

@@ -202,6 +202,13 @@ class PrivacyTable(_Table):
         ge=1, le=100_000, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
     )
     steps_per_round: int = Field(ge=1, le=100_000, description="steps of each site in each round, 1 or more")
+    images_per_patient: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description='most images that one patient trains with, for unit = "image" only: what it means for a patient '
+        "follows from it",
+    )
     views: int = Field(default=1, ge=1, le=64, description="random views of each sample, averaged within the patient")
     metrics_every: int = Field(default=0, ge=0, le=10_000, description="rounds between noised metrics; 0 for none")
     metrics_noise: float | None = Field(
@@ -221,6 +228,19 @@ class PrivacyTable(_Table):
                 else f"epsilon = {self.epsilon:g} with noise_multiplier = {self.noise_multiplier:g}",
                 "Each of the two follows from the other.",
                 "give one of them, for example epsilon = 8.0 under [privacy]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bound_of_images(self) -> Self:
+        if (self.unit == "image") != (self.images_per_patient is not None):
+            raise _ContradictionError(
+                "privacy.images_per_patient",
+                'unit = "image" without images_per_patient'
+                if self.images_per_patient is None
+                else f'unit = "patient" with images_per_patient = {self.images_per_patient}',
+                "Hiding single images means the less for a patient, the more images a patient has; nothing else needs it.",
+                'add images_per_patient = 20 under [privacy] for unit = "image", or remove it for "patient"',
             )
         return self
 

@@ -108,6 +108,16 @@ class TestStore:
                 store.find(replace(question_of(round_), weights_sha256="b" * 64))
         assert len(list(tmp_path.glob("*.safetensors*"))) == ROUNDS_KEPT
 
+    def test_bytes_that_changed_on_the_disk_are_not_given(self, store, tmp_path):
+        """
+        A file that is no longer what was stored counts as gone.
+        """
+        store.keep(QUESTION, b"one")
+        next(tmp_path.glob("*.safetensors")).write_bytes(b"two")
+
+        with pytest.raises(AnsweredBeforeError):
+            store.find(QUESTION)
+
     def test_other_runs_keep_their_rounds(self, store):
         """
         A long run does not push out the answers of another that is still at its beginning.

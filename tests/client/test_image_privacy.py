@@ -21,7 +21,9 @@ from shared_models.weights import load_weights
 
 
 def image_plan(case=("segmentation", "unet", 2), **tables: dict):
-    return private_plan(case, **{**tables, "privacy": {"unit": "image", **tables.get("privacy", {})}})
+    return private_plan(
+        case, **{**tables, "privacy": {"unit": "image", "images_per_patient": 100, **tables.get("privacy", {})}}
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -36,8 +38,17 @@ class TestImages:
         """
         flat, deep = (image_plan(("segmentation", "unet", n)) for n in (2, 3))
 
-        assert len(images_of(cohort_of(flat, 2, 3, sides=(5, 8, 8)), 2)) == 2 * 3 * 5
-        assert len(images_of(cohort_of(deep, 2, 3, sides=(8, 8, 8)), 3)) == 2 * 3
+        assert len(images_of(cohort_of(flat, 2, 3, sides=(5, 8, 8)), 2, most=100)) == 2 * 3 * 5
+        assert len(images_of(cohort_of(deep, 2, 3, sides=(8, 8, 8)), 3, most=100)) == 2 * 3
+
+    def test_no_patient_has_more_images_than_the_plan_counts_on(self):
+        """
+        What it means for a patient follows from that number; others' images change nothing.
+        """
+        plan = image_plan()
+        images = images_of(cohort_of(plan, 3, 2, sides=(5, 8, 8)), 2, most=7)
+
+        assert [sum(image.study.startswith(f"p{k}-") for image in images) for k in range(3)] == [7, 7, 7]
 
     def test_one_slice_holds_that_slice_alone(self):
         """
@@ -58,7 +69,7 @@ class TestImages:
         cohort = cohort_of(image_plan(), 3)
         del cohort.volumes["p1-s0"]
 
-        assert {image.study for image in images_of(cohort, 2)} == {"p0-s0", "p2-s0"}
+        assert {image.study for image in images_of(cohort, 2, most=100)} == {"p0-s0", "p2-s0"}
 
 
 class TestSampleGradients:

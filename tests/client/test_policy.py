@@ -130,10 +130,10 @@ class TestCost:
         """
         Its own epsilon is the image's; the patient's is several times that, and is the one that counts.
         """
-        plan = with_privacy(private, unit="image")
+        plan = with_privacy(private, unit="image", images_per_patient=4)
         cost = cost_of(plan, 200, Spent())
 
-        assert cost.images_per_patient == plan.training.samples_per_patient > 1
+        assert cost.images_per_patient == 4
         assert 3.9 < cost.image_epsilon <= 4.0
         assert cost.epsilon > 2 * cost.image_epsilon
         assert cost.lifetime_after > cost.epsilon
@@ -257,7 +257,7 @@ class TestApproval:
         """
         Refused by default with the figure it means for a patient.
         """
-        plan = with_privacy(private, unit="image", epsilon=1.0)
+        plan = with_privacy(private, unit="image", images_per_patient=4, epsilon=1.0)
         cost = cost_of(plan, 200, Spent())
         refused = at_approval(Policy(), plan, cost)
 

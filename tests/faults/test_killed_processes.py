@@ -21,8 +21,9 @@ BACK_S = 45.0
 class TestSite:
     def test_whatever_is_killed_at_a_site_costs_no_round(self, staged, tmp_path):
         """
-        Station, courier, SuperNode, SuperExec and supervisor, each killed while its site trains: every round has every
-        site within less than Flower's minute, none trained twice to its end, and the weights are those of an undisturbed run.
+        Station, courier, SuperNode, SuperExec and supervisor, each killed while its site trains: it is back in less than
+        Flower's minute, every round has every site, none trained twice to its end, and the weights are those of an
+        undisturbed run.
         """
         plan = plan_of("killed", rounds=5)
         staged.odd.disturb(rounds=dict.fromkeys(map(str, range(1, 6)), SLOWLY))

@@ -195,6 +195,7 @@ PRIVACY: Tables = {
     "clip_gamma": 0.1,
     "patients_per_step": 16,
     "steps_per_round": 10,
+    "images_per_patient": 12,
     "views": 2,
     "metrics_every": 5,
     "metrics_noise": 10.0,
@@ -467,6 +468,7 @@ class TestPrivacy:
     CASES = (
         ("_one_of_epsilon_and_noise", ("privacy", "epsilon"), 8.0, "privacy.epsilon"),
         ("_gamma_of_automatic_clipping", ("privacy", "clipping"), "flat", "privacy.clip_gamma"),
+        ("_bound_of_images", ("privacy", "unit"), "patient", "privacy.images_per_patient"),
         ("_noise_of_metrics", ("privacy", "metrics_every"), 0, "privacy.metrics_noise"),
         ("_private_release", ("strategy", "release"), "best", "strategy.release"),
         ("", ("training", "epochs"), 1, "training.epochs"),
