@@ -328,6 +328,9 @@ def ledger(
     begin_anew: Annotated[
         bool, typer.Option("--begin-anew", help="The history is lost: count it as spent without bound.")
     ] = False,
+    new_anchor: Annotated[
+        bool, typer.Option("--new-anchor", help="The anchor moved or is lost, and the ledger is the newest: write it anew.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what every run has cost a patient here, and how that is reckoned."""
@@ -339,6 +342,8 @@ def ledger(
         print_line(f"{station.recover_ledger()} entries were missing and count as spent.")
     if begin_anew:
         station.begin_ledger_anew()
+    if new_anchor:
+        station.renew_anchor()
     told = statement(station)
     if as_json:
         print(json.dumps(told))

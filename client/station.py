@@ -197,6 +197,10 @@ class Station:
         """After an older copy of the ledger was put back; how many entries were missing and count as spent now."""
         return Ledger.recover(self.folder, self._secret, self._anchor)
 
+    def renew_anchor(self) -> None:
+        """Write the ledger's second copy where ``site.toml`` says now."""
+        Ledger.renew_anchor(self.folder, self._secret, self._anchor)
+
     def begin_ledger_anew(self) -> None:
         """Begin a ledger without the history, which counts as spent without bound."""
         Ledger.begin_anew(self.folder, self._secret, self._anchor)

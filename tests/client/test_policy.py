@@ -253,6 +253,16 @@ class TestApproval:
         assert at_approval(Policy(without_privacy=True), smoke_plan, cost) == Permitted(cost)
         assert at_approval(Policy.for_emulated(), smoke_plan, cost, n_patients=1) == Permitted(cost)
 
+    def test_update_that_may_only_leave_with_noise_needs_a_plan_that_makes_it(self, smoke_plan):
+        """
+        Plans without privacy are let in, exact updates are not let out: then such a plan is of no use here.
+        """
+        policy = Policy(without_privacy=True, releases=Releases(update="noised"))
+        refused = at_approval(policy, smoke_plan, cost_of(smoke_plan, 200, Spent()))
+
+        assert refused.word == "policy"
+        assert "releases.update" in refused.error.happened
+
     def test_plan_that_protects_images_needs_a_word(self, private):
         """
         Refused by default with the figure it means for a patient.
