@@ -117,6 +117,19 @@ class AuditLog:
             raise _broken(self.path, f"{noted.n - head.n} lines are missing after line {head.n}")
         return head
 
+    def require(self, head: Head) -> None:
+        """Make sure that the line which ``head`` names is here, unless the audit came back from a backup since.
+
+        Raises
+        ------
+        FederadError
+            C162 if it is not, or if the chain is broken.
+        """
+        for entry in self.entries():
+            if entry["event"] == "restored" or (entry["n"], entry["hash"]) == (head.n, head.hash):
+                return
+        raise _broken(self.path, f"it lacks line {head.n}, of which the ledger knows")
+
     def entries(self) -> Iterator[dict[str, Any]]:
         """Every line in order, each checked against the one before; what a crash left of a line at the end is none.
 

@@ -43,7 +43,7 @@ def run_check(folder: SiteFolder, part: str) -> list[Check]:
     """The checks of one part, in this process."""
     looked: dict[str, Callable[[], str]]
     if part == "station":
-        looked = {"data": lambda: _data(folder.station)}
+        looked = {"data": lambda: _data(folder.station), "ledger": lambda: _ledger(folder.station)}
     else:
         looked = {"keys": lambda: _keys(folder.courier), "connection": lambda: _connection(folder.courier)}
     return [_looked_at(name, look) for name, look in looked.items()]
@@ -68,6 +68,18 @@ def _data(station: Path) -> str:
     studies = catalogue.studies()
     patients = len({study.patient for study in studies})
     return f"{patients} patients, {len(studies)} studies in {config.data}"
+
+
+def _ledger(station: Path) -> str:
+    """The whole ledger and its anchor, read and checked."""
+    from client.station import Station
+
+    opened = Station(station)
+    n_runs = len(opened.ledger().spent().runs)
+    text = f"{n_runs} runs charged"
+    if opened.config.anchor is None and not opened.config.emulated:
+        return f"{text}; its anchor lies beside it and is lost with it: set anchor in site.toml to a file on another disk"
+    return text
 
 
 def _keys(courier: Path) -> str:

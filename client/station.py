@@ -180,7 +180,9 @@ class Station:
         return Outbox(self.folder).waiting(told) if self._plans.pinned else (told, [])
 
     def started(self) -> None:
-        """Tell the operator that this site is here."""
+        """Tell the operator that this site is here; C162 if the audit lacks lines of which the ledger knows."""
+        if (head := self.ledger().audit_head) is not None:
+            self.audit.require(head)
         self._put(Release("status", {"word": "started"}), topic="started")
 
     def ledger(self) -> Ledger:

@@ -235,6 +235,19 @@ class TestNo:
         with pytest.raises(FederadError, match=r"C16[67]"):
             station.ledger()
 
+    def test_audit_that_lacks_what_the_ledger_knows_stops_the_station(self, station, plan):
+        """
+        Begun anew or put back from an older copy, it no longer tells all that has left.
+        """
+        for round_ in (1, 2):
+            answered(station, ask_of(plan, round_))
+        Station(station.folder).started()
+        for path in station.folder.glob("audit.*"):
+            path.unlink()
+
+        with pytest.raises(FederadError, match="C162"):
+            Station(station.folder).started()
+
     def test_policy_that_changes_its_mind_ends_a_run(self, station, plan):
         """
         The station is told at its next start; the operator hears a word.
