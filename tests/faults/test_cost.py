@@ -24,7 +24,7 @@ def test_four_sites_cost_ten_seconds_a_round_and_are_at_work_in_a_minute_and_a_h
     A plan with next to nothing to train: the first round is over within 90 s of the command, staging included, and a round
     takes at most 10 s longer than in process.
     """
-    plan, _ = plan_of("nothing", rounds=6, simulation={"patients": 3, "slices": 2})
+    plan, _ = plan_of("nothing", rounds=6, simulation={"patients": 6, "slices": 2})
     hospitals = emulate(plan, n_sites=4, folder=tmp_path / "hospitals", seed=0, workers=1, progress=None)
     sites = [SiteFolder(h.name, h.folder, tmp_path / "stations" / h.name) for h in hospitals]
     prepare_stations(plan, sites, seed=0, workers=1, on_site=lambda _: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from operators import approve, enrol_site, federad_server, free_port
@@ -15,6 +16,8 @@ from server.journal import Journal
 from server.runs import Order, RunFolder
 from shared_models.consortium import EnrolReply, Invitation
 from shared_models.errors import FederadError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -306,6 +309,4 @@ class TestWords:
 
 
 def _smoke() -> bytes:
-    from conftest import PLANS
-
-    return (PLANS / "smoke.toml").read_bytes()
+    return (ROOT / "simulation" / "plans" / "smoke.toml").read_bytes()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from client.app import make_client_app
+from client.station import Station
 from server.journal import Journal
 from shared_models.weights import weights_sha256
 from simulation import grid as grid_module
@@ -116,7 +117,7 @@ class TestEmulatedReliability:
     def changed(self, plan, stations, **keys):
         plan = plan.model_copy(update={"simulation": plan.simulation.model_copy(update=keys)})
         for folder in stations:
-            (folder / "plans" / f"{plan.sha256}.json").write_text(plan.canonical_json())
+            Station(folder).approve(plan)
         return plan
 
     def test_late_joiner_misses_the_first_rounds(self, smoke_plan, stations, tmp_path):

@@ -379,11 +379,13 @@ class TestRunReport:
         With [privacy] the page gives each site's unit, epsilon and delta instead.
         """
         result = a_result()
-        result["privacy"] = {site: {"unit": "patient", "epsilon": 7.93, "delta": 1e-5} for site in SITES}
+        result["privacy"] = {
+            site: {"unit": "patient", "epsilon": 7.93, "delta": 1e-5, "declared_size": 200} for site in SITES
+        }
 
         text = a_page(tmp_path, result).text
 
-        assert "one patient 7.93 1.0e-05" in text
+        assert "one patient 200 7.93 1.0e-05" in text
         assert "No formal guarantee" not in text
 
     @pytest.mark.parametrize(
