@@ -39,7 +39,7 @@ from client.audit import AuditLog
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.gate import TICKS, Gate, Release, StatusWord
-from client.ledger import Ledger, Reservation, Spent
+from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
 from client.plans import ListedPlan, Plans
 from client.policy import Cost, Refused, cost_of, round_size
@@ -87,6 +87,7 @@ class Station:
         self._plans = Plans(folder)
         self._secret = (folder / "secret").read_bytes()
         self._ledger: Ledger | None = None
+        self._costs: dict[Agreement, Cost] = {}
 
     @classmethod
     def create(cls, folder: Path, config: SiteConfig, *, secret: bytes | None = None) -> Self:
@@ -187,7 +188,7 @@ class Station:
         self._put(Release("status", {"word": "started"}), topic="started")
 
     def ledger(self) -> Ledger:
-        """What was spent here, checked as a whole now and whenever it is used.
+        """What was spent here. All of it is checked now, and again whenever something is asked of it.
 
         Raises
         ------
@@ -196,8 +197,6 @@ class Station:
         """
         if self._ledger is None:
             self._ledger = Ledger.open(self.folder, self._secret, self._anchor)
-        else:
-            self._ledger.require_whole()
         return self._ledger
 
     def recover_ledger(self) -> int:
@@ -251,7 +250,7 @@ class Station:
                 with _in_a_word():
                     stored = ledger.find(question)
                 if stored is not None:
-                    self._audit_answer(question, stored, again=True)
+                    self._audit_answer(question, len(stored), hashlib.sha256(stored).hexdigest(), again=True)
                     return stored
                 self.busy_with = question
                 return self._new_answer(ask, ledger)
@@ -285,8 +284,9 @@ class Station:
         else:
             releases = noised_releases(trainer, cohort, ask, cost=cost, reservation=reservation, on_progress=told)
         answer = self._gate.release(question, releases, is_private=plan.privacy is not None)
-        ledger.settle(reservation, question, answer, audit=self.audit.head)
-        self._audit_answer(question, answer, again=False, released={r.kind: _n_values(r) for r in releases})
+        sha256 = ledger.settle(reservation, question, answer, audit=self.audit.head)
+        released = {r.kind: _n_values(r) for r in releases}
+        self._audit_answer(question, len(answer), sha256, again=False, released=released)
         return answer
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
@@ -295,9 +295,8 @@ class Station:
         self.audit.write("refusal", word=word, **_facts(question))
         return refusal
 
-    def _audit_answer(self, question: Question, answer: bytes, **facts: Any) -> None:
-        sha256 = hashlib.sha256(answer).hexdigest()
-        self.audit.write("answer", n_bytes=len(answer), sha256=sha256, **_facts(question), **facts)
+    def _audit_answer(self, question: Question, n_bytes: int, sha256: str, **facts: Any) -> None:
+        self.audit.write("answer", n_bytes=n_bytes, sha256=sha256, **_facts(question), **facts)
 
     def _decided(self, sha256: str, word: StatusWord) -> None:
         self.audit.write(word, plan=sha256, by_uid=os.getuid())
@@ -352,7 +351,10 @@ class Station:
         if agreed is None:
             raise _RefusedError("unknown-plan")
         policy = self.config.permits
-        cost = cost_of(plan, agreed.declared_size, Spent(), lifetime_cap=policy.lifetime_epsilon, agreed=agreed)
+        cost = self._costs.get(agreed)
+        if cost is None:
+            cost = cost_of(plan, agreed.declared_size, Spent(), lifetime_cap=policy.lifetime_epsilon, agreed=agreed)
+            self._costs[agreed] = cost
         decision = policy.at_round(plan, cost, question.round, datetime.now())
         if isinstance(decision, Refused):
             log.warning("%s: %s", self.name, decision.error)

@@ -32,6 +32,7 @@ from shared_models.release import (
     Manifest,
     Release,
     ReleasedFile,
+    SitePrivacy,
     make_durable,
     new_release,
     verify_folder,
@@ -78,6 +79,7 @@ class Registry:
         key: Ed25519PrivateKey,
         *,
         consortium: str,
+        cost: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Release:
         """Release the weights of one of a run's rounds. Published twice, it is the same release.
 
@@ -91,6 +93,8 @@ class Registry:
             The operator's, with which plans are signed, too.
         consortium
             Name of the consortium, which is signed with the rest.
+        cost
+            Under ``[privacy]``: what the run has cost a patient of each site (``Outcome.cost``).
 
         Promise
             Killed at any moment, it leaves the whole release or none; the next call finishes what was begun.
@@ -123,7 +127,7 @@ class Registry:
             released_round=int(released["round"]),
             rounds=tuple(_card_round(plan, record) for record in records),
             test=_known(plan, sites.mean),
-            sites=_card_sites(plan, released, records, sites),
+            sites=_card_sites(plan, released, records, sites, cost or {}),
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         files = {
@@ -286,12 +290,19 @@ def _card_round(plan: Plan, record: Mapping[str, Any]) -> CardRound:
 
 
 def _card_sites(
-    plan: Plan, released: Mapping[str, Any], records: Sequence[Mapping[str, Any]], sites: Measured
+    plan: Plan,
+    released: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    sites: Measured,
+    cost: Mapping[str, Mapping[str, float]],
 ) -> tuple[CardSite, ...]:
     """Every site that took part in the released weights or measured them, by name."""
     until = [record for record in records if record["round"] <= released["round"]]
     names = (
-        {name for record in until for name in record["replied"]} | released["per_site"].keys() | sites.per_site.keys()
+        {name for record in until for name in record["replied"]}
+        | released["per_site"].keys()
+        | sites.per_site.keys()
+        | cost.keys()
     )
     return tuple(
         CardSite(
@@ -299,7 +310,8 @@ def _card_sites(
             rounds=sum(name in record["replied"] for record in until),
             validation=_known(plan, released["per_site"].get(name)),
             test=_known(plan, sites.per_site.get(name)),
-            test_patients=sites.patients.get(name),
+            test_patients=sites.patients.get(name) if plan.privacy is None else None,
+            privacy=SitePrivacy.of(cost[name]) if name in cost else None,
         )
         for name in sorted(names)
     )
@@ -322,20 +334,35 @@ def _limits(plan: Plan, sites: Measured) -> tuple[str, ...]:
     if not n_sites:
         said.append("Nobody has tested it: no site of the run had test patients.")
     else:
+        tested = _count(n_patients, "patient") if plan.privacy is None else "patients, whose number stays there,"
         said.append(
-            f"It was tested on {_count(n_patients, 'patient')} of {_count(n_sites, 'site')}, all of them from hospitals "
-            "of this run. How it does on a scanner or at a hospital outside of it is not known."
+            f"It was tested on {tested} of {_count(n_sites, 'site')}, all of them from hospitals of this run. How it does "
+            "on a scanner or at a hospital outside of it is not known."
         )
-        if n_patients < FEW_PATIENTS:
+        if plan.privacy is None and n_patients < FEW_PATIENTS:
             said.append("So few test patients do not tell a good model from a lucky one.")
-    said.append(
-        "It was trained without differential privacy. Weights and metrics can reveal something about single patients, so "
-        "hand it on only to those whom the hospitals' agreement names."
-    )
+    said.append(_privacy_limit(plan))
     said.append(
         "Images must be prepared as the plan says: another orientation, spacing or normalisation gives other output."
     )
     return tuple(said)
+
+
+def _privacy_limit(plan: Plan) -> str:
+    if plan.privacy is None:
+        return (
+            "It was trained without differential privacy. Weights and metrics can reveal something about single patients, "
+            "so hand it on only to those whom the hospitals' agreement names."
+        )
+    if plan.privacy.unit == "image":
+        return (
+            "Its noise was made to hide single images, not patients: for a patient the larger epsilon below holds, which "
+            "may be no protection at all."
+        )
+    return (
+        "Its privacy holds for one patient of one site. For a person known to several sites the epsilons below add up. "
+        "Metrics have noise, too: small differences between sites may be noise alone."
+    )
 
 
 def page(card: Card) -> str:
@@ -369,8 +396,7 @@ def page(card: Card) -> str:
         _how_chosen(card),
         _table(("site", *names), [(s.name, *_values(s.validation, names)) for s in card.sites]),
         "## Privacy",
-        "No differential privacy: the plan has no table `[privacy]`. What that means stands among the limits above.",
-        _table(("site", "privacy"), [(s.name, "none") for s in card.sites]),
+        *_privacy_part(card),
         "## Rounds",
         _table(
             ("round", "sites", "training loss", *names),
@@ -380,6 +406,28 @@ def page(card: Card) -> str:
         f"```json\n{json.dumps(card.plan, indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _privacy_part(card: Card) -> list[str]:
+    if card.plan.get("privacy") is None:
+        return [
+            "No differential privacy: the plan has no table `[privacy]`. What that means stands among the limits above."
+        ]
+    rows = [
+        (
+            s.name,
+            _shown(s.privacy and s.privacy.epsilon),
+            _shown(s.privacy and s.privacy.delta),
+            _shown(s.privacy and s.privacy.image_epsilon),
+            _shown(s.privacy and s.privacy.declared_size),
+        )
+        for s in card.sites
+    ]
+    return [
+        "What the whole run, metrics included, has cost one patient of each site, as the site reckons it: adding or "
+        "removing that patient changes the odds of anything the site released in this run by at most this much.",
+        _table(("site", "epsilon of a patient", "delta", "epsilon of an image", "declared number"), rows),
+    ]
 
 
 def _how_chosen(card: Card) -> str:

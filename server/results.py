@@ -10,6 +10,7 @@ from typing import Any
 from server.rounds import Outcome
 from shared_models.noised import NoisedMeans
 from shared_models.plan import Plan
+from shared_models.release import SitePrivacy
 from shared_models.task import task_for
 from shared_models.weights import weights_sha256
 
@@ -62,7 +63,4 @@ def _intervals(plan: Plan, mean: Mapping[str, float], declared: Mapping[str, int
 def _privacy(plan: Plan, cost: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]] | None:
     if plan.privacy is None:
         return None
-    return {
-        site: {"unit": plan.privacy.unit, **spent, "declared_size": int(spent["declared_size"])}
-        for site, spent in cost.items()
-    }
+    return {site: SitePrivacy.of(spent).model_dump(exclude_none=True) for site, spent in cost.items()}

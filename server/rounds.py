@@ -497,7 +497,9 @@ class Rounds:
         return _measured(answers)
 
     def _exchange(self, kind: AskKind, number: int, weights: Weights) -> Exchange:
-        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, weights_sha256(weights)), weights)
+        known = weights is self._weights and self._records and self._records[-1].weights_sha256
+        sha256 = known or weights_sha256(weights)
+        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, sha256), weights)
 
     def _note_validation(self, measured: Measured) -> None:
         """Write down what the sites measured of the newest round's weights."""

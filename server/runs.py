@@ -398,6 +398,7 @@ def _publish(consortium: Consortium, folder: RunFolder, row: RunRow, outcome: Ou
         outcome.test,
         consortium.plan_key,
         consortium=consortium.config.name,
+        cost=outcome.cost,
     )
 
 

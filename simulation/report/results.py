@@ -113,11 +113,15 @@ class Comparison(Part):
 class Budget(Part):
     """What one site spent of its privacy budget."""
 
-    unit: str
     epsilon: float
+    """Of one patient."""
+
     delta: float
     declared_size: int
-    """Public number of patients that its training draws from."""
+    """Public number of patients that its training draws from; of images where the plan's unit is one image."""
+
+    image_epsilon: float | None = None
+    """For one image, of an image-level plan."""
 
 
 class Run(Part):

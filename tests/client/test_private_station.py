@@ -233,7 +233,7 @@ class TestNo:
 
         assert answered(Station(station.folder), ask_of(plan, 2)).refusal == "declined"
         with pytest.raises(FederadError, match=r"C16[67]"):
-            station.ledger()
+            station.ledger().spent()
 
     def test_audit_that_lacks_what_the_ledger_knows_stops_the_station(self, station, plan):
         """

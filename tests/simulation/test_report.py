@@ -376,7 +376,7 @@ class TestRunReport:
 
     def test_budget_is_shown_where_there_is_one(self, tmp_path):
         """
-        With [privacy] the page gives each site's unit, epsilon and delta instead.
+        With [privacy] the page gives each site's declared size, epsilon of one patient and delta instead.
         """
         result = a_result()
         result["privacy"] = {
@@ -385,8 +385,22 @@ class TestRunReport:
 
         text = a_page(tmp_path, result).text
 
-        assert "one patient 200 7.93 1.0e-05" in text
+        assert "epsilon of one patient delta" in text
+        assert "200 7.93 1.0e-05" in text
         assert "No formal guarantee" not in text
+
+    def test_image_level_noise_is_shown_with_what_it_is_for_a_patient(self, tmp_path):
+        """
+        Both epsilons stand side by side, and that images are not patients.
+        """
+        result = a_result()
+        spent = {"unit": "patient", "epsilon": 164.0, "image_epsilon": 8.0, "delta": 1e-5, "declared_size": 800}
+        result["privacy"] = dict.fromkeys(SITES, spent)
+
+        text = a_page(tmp_path, result).text
+
+        assert "800 164 8.00 1.0e-05" in text
+        assert "does not protect patients" in text
 
     @pytest.mark.parametrize(
         ("lacking", "empty", "said"),
