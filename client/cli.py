@@ -476,6 +476,31 @@ def audit_verify(site: Site = None, as_json: AsJson = False) -> None:
     _show(folder, heads, "\n".join(lines), "status", as_json)
 
 
+@audit_app.command("show")
+def audit_show(
+    site: Site = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only of this run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every answer that has left, round by round: kinds, names, sizes, norm and cost, never values."""
+    from client.egress import egress, told
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    entries = _reading(folder.station, lambda: list(egress(folder.station, run)))
+    table = Table(title="what has left" if entries else "nothing has left yet")
+    for column in ("time", "run", "round", "question", "what left"):
+        table.add_column(column)
+    for entry in entries:
+        asked = (str(entry.get(key, "")) for key in ("run", "round", "kind"))
+        table.add_row(entry["time"][:16].replace("T", " "), *asked, told(entry))
+    if as_json:
+        print(json.dumps(entries))
+        return
+    Console().print(table)
+    _next(folder, "audit verify")
+
+
 @app.command(hidden=True)
 def station(site: Site = None, threads: Annotated[int, typer.Option("--threads", min=0)] = 0) -> None:
     """Be the station, until SIGTERM; for systemd."""

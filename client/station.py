@@ -16,6 +16,7 @@ A station lives in one folder and can be reopened from it in any process::
     answers/             the bytes of those answers (``answers``)
     outbox.sqlite        what waits to be told to the operator (``outbox``)
     audit.jsonl          what has left, and what was refused (``audit``)
+    layouts/             names and shapes of the arrays that have left (``egress``)
 """
 
 from __future__ import annotations
@@ -31,13 +32,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from client import audit
 from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
+from client.egress import noted
 from client.gate import TICKS, Gate, Release, StatusWord
 from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
@@ -283,11 +283,11 @@ class Station:
             releases = exact_releases(trainer, cohort, ask, site=self.name, on_progress=told)
         else:
             releases = noised_releases(trainer, cohort, ask, cost=cost, reservation=reservation, on_progress=told)
-        answer = self._gate.release(question, releases, is_private=plan.privacy is not None)
-        sha256 = ledger.settle(reservation, question, answer, audit=self.audit.head)
-        released = {r.kind: _n_values(r) for r in releases}
-        self._audit_answer(question, len(answer), sha256, again=False, released=released)
-        return answer
+        passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
+        released = noted(self.folder, passed.manifest)
+        sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)
+        self._audit_answer(question, len(passed.answer), sha256, again=False, released=released)
+        return passed.answer
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
         """A word in place of an answer, once the audit has it."""
@@ -310,6 +310,8 @@ class Station:
         if not self._plans.pinned:
             return
         notice = self._gate.notice(release, plan_sha256=plan_sha256, run=run)
+        if notice is None:
+            return
         self.audit.write("notice", **notice.model_dump(mode="json"))
         Outbox(self.folder).put(notice.encode(), topic=topic)
 
@@ -433,8 +435,3 @@ def _facts(question: Question | None) -> dict[str, Any]:
     if question is None:
         return {}
     return {"run": question.run, "round": question.round, "kind": question.kind, "plan": question.plan_sha256}
-
-
-def _n_values(release: Release) -> int:
-    """How many numbers leave in a release."""
-    return sum(int(np.size(value)) for value in release.value.values())

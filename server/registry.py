@@ -408,21 +408,16 @@ def page(card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_PRICE = ("epsilon", "delta", "image_epsilon", "declared_size")
+
+
 def _privacy_part(card: Card) -> list[str]:
     if card.plan.get("privacy") is None:
         return [
             "No differential privacy: the plan has no table `[privacy]`. What that means stands among the limits above."
         ]
-    rows = [
-        (
-            s.name,
-            _shown(s.privacy and s.privacy.epsilon),
-            _shown(s.privacy and s.privacy.delta),
-            _shown(s.privacy and s.privacy.image_epsilon),
-            _shown(s.privacy and s.privacy.declared_size),
-        )
-        for s in card.sites
-    ]
+    spent = {site.name: site.privacy.model_dump() if site.privacy else {} for site in card.sites}
+    rows = [(site, *(_shown(of.get(key)) for key in _PRICE)) for site, of in spent.items()]
     return [
         "What the whole run, metrics included, has cost one patient of each site, as the site reckons it: adding or "
         "removing that patient changes the odds of anything the site released in this run by at most this much.",

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from server.bundle import FOLDER_KEY, RUN_KEY, make_bundle
+from server.bundle import RUN_KEY, make_bundle
 from server.consortium import Consortium, RunRow
 from server.superlink import SuperLink
 from shared_models.consortium import Document
@@ -284,7 +284,7 @@ def require_running(superlink: SuperLink) -> None:
 
 def _launch(consortium: Consortium, superlink: SuperLink, run: str) -> None:
     consortium.set_run_state(run, "starting", "")
-    config = {FOLDER_KEY: str(consortium.folder.absolute()), RUN_KEY: run}
+    config = {RUN_KEY: run}
     flower_run_id = superlink.start_run(make_bundle(), config)
     consortium.set_run_state(run, "starting", flower_run_id)
 

@@ -112,7 +112,12 @@ class SitePrivacy(Document):
     @classmethod
     def of(cls, spent: Mapping[str, float]) -> Self:
         """What a site said of the cost (:attr:`~shared_models.messages.Answer.cost`)."""
-        return cls(**{**spent, "declared_size": int(spent["declared_size"])})
+        return cls(
+            epsilon=spent["epsilon"],
+            delta=spent["delta"],
+            declared_size=int(spent["declared_size"]),
+            image_epsilon=spent.get("image_epsilon"),
+        )
 
 
 class CardSite(Document):

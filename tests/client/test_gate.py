@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from client.gate import TICKS, Gate, Kind, NoticeKind, Release, StatusWord
+from client.policy import Policy, Releases
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, decode_answer
 from shared_models.weights import decode
@@ -34,7 +35,7 @@ class TestRelease:
         """
         An update, metrics and counts arrive at the other side with the question they answer, and nothing more does.
         """
-        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]))
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).answer)
 
         assert (answer.site, answer.question, answer.refusal) == ("site-1", QUESTION, None)
         assert answer.update["w"].tolist() == [0.5, -1.0]
@@ -55,12 +56,25 @@ class TestRelease:
             "cost",
         ]
 
+    def test_manifest_says_what_left_and_no_value_of_it(self, gate):
+        """
+        Names, the shapes and the norm of an update, and the cost, which is public arithmetic; not a metric, not a count.
+        """
+        manifest = gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).manifest
+
+        assert manifest == {
+            "update": {"shapes": {"w": [2]}, "norm": pytest.approx(1.25**0.5)},
+            "metric": {"names": ["dice", "training_loss"]},
+            "count": {"names": ["measured", "trained"]},
+            "cost": {"values": VALUES["cost"]},
+        }
+
     @pytest.mark.parametrize("kind", get_args(Kind))
     def test_kind_alone_brings_nothing_else_along(self, gate, kind):
         """
         What was not released is empty on the other side.
         """
-        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]))
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]).answer)
         left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts, "cost": answer.cost}
 
         assert {name for name, value in left.items() if value} == {kind}
@@ -135,6 +149,20 @@ class TestRefuse:
         """
         with pytest.raises(FederadError, match="C147"):
             gate.refuse(QUESTION, "no scan of Jane Doe")
+
+
+class TestPolicyOfNotices:
+    @pytest.mark.parametrize(
+        ("kind", "value"), [("status", {"word": "approved"}), ("progress", {"round": 1, "tick": 3})]
+    )
+    def test_notice_that_the_hospital_forbids_stays(self, kind, value):
+        """
+        [policy.releases] holds for what is told outside answers, too.
+        """
+        release = Release(kind, value)
+
+        assert Gate("site-1", Policy(releases=Releases(**{kind: "forbidden"}))).notice(release) is None
+        assert Gate("site-1", Policy()).notice(release) is not None
 
 
 class TestNotice:
