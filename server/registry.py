@@ -106,7 +106,7 @@ class Registry:
             released already and that release is not whole any more.
         """
         from shared_models.task import task_for
-        from shared_models.weights import encode
+        from shared_models.weights import encode, weights_sha256
 
         released = _record_of(plan, weights, records)
         data = encode(weights, json.dumps({"plan_sha256": plan.sha256, "run": run}, sort_keys=True))
@@ -119,7 +119,7 @@ class Registry:
             plan_sha256=plan.sha256,
             plan=json.loads(plan.canonical_json()),
             model_sha256=sha256,
-            weights_sha256=str(released["weights_sha256"]),
+            weights_sha256=weights_sha256(weights),
             parameters=sum(array.size for array in weights.values()),
             intended_use=_intended_use(plan),
             limits=_limits(plan, sites),
@@ -255,7 +255,7 @@ def _record_of(plan: Plan, weights: Weights, records: Sequence[Mapping[str, Any]
     if name := next((name for name, array in weights.items() if not np.isfinite(array).all()), ""):
         raise _unfit(f"{name} holds values that are not finite")
     digest = weights_sha256(weights)
-    of_round = [record for record in records if record["weights_sha256"] == digest]
+    of_round = [record for record in records if digest in (record["weights_sha256"], record.get("average_sha256"))]
     if not of_round:
         raise _unfit(f"none of the {len(records)} committed rounds has these weights")
     return of_round[-1]
@@ -426,7 +426,10 @@ def _privacy_part(card: Card) -> list[str]:
 
 
 def _how_chosen(card: Card) -> str:
-    if card.plan["strategy"].get("release", "best") == "last":
+    chosen = card.plan["strategy"].get("release", "best")
+    if chosen == "averaged":
+        return "The plan releases the average over its rounds; these figures are of the last round's own weights."
+    if chosen == "last":
         return "The plan releases its last round, whatever these figures are."
     return "They chose the round that was released, so these figures are a little too good."
 

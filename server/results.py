@@ -28,7 +28,7 @@ def result_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     return {
         "rounds": [asdict(record) for record in outcome.records],
         "best_round": outcome.best_round,
-        "released": "best" if plan.strategy.release == "best" and validated else "last",
+        "released": "last" if plan.strategy.release == "best" and not validated else plan.strategy.release,
         "test": _test(plan, outcome),
         "privacy": _privacy(plan, outcome.cost),
         "weights_sha256": weights_sha256(outcome.last),

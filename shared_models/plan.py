@@ -144,14 +144,32 @@ class StrategyTable(_Table):
         le=1000,
         description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)',
     )
-    release: Literal["best", "last"] = Field(
+    release: Literal["best", "last", "averaged"] = Field(
         default="best",
-        description='the model that is tested and released: "best" by validation, or the "last", as a falling schedule '
-        "wants where few patients validate, and as [privacy] demands",
+        description='the model that is tested and released: "best" by validation; the "last", as a falling schedule wants '
+        'where few patients validate; or "averaged" over rounds. [privacy] demands one of the latter two',
+    )
+    average_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description='for release = "averaged" only: how much of the average stays from one round to the next, such as 0.9',
     )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
     )
+
+    @model_validator(mode="after")
+    def _average(self) -> Self:
+        if (self.release == "averaged") != (self.average_decay is not None):
+            raise _ContradictionError(
+                "strategy.average_decay",
+                f'release = "{self.release}" '
+                + ("without average_decay" if self.average_decay is None else f"with average_decay = {self.average_decay:g}"),
+                "The average of a run needs a decay, and nothing else uses one.",
+                'set both under [strategy], for example release = "averaged" and average_decay = 0.9, or neither',
+            )
+        return self
 
     @model_validator(mode="after")
     def _proximal_term(self) -> Self:
@@ -302,12 +320,12 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _private_release(self) -> Self:
-        if self.privacy is not None and self.strategy.release != "last":
+        if self.privacy is not None and self.strategy.release == "best":
             raise _ContradictionError(
                 "strategy.release",
                 'release = "best" with [privacy]',
                 "The best model is chosen by exact measurements of patients, which no noise hides.",
-                'set release = "last" under [strategy]',
+                'set release = "last" under [strategy], or "averaged" with average_decay',
             )
         return self
 

@@ -16,7 +16,7 @@ from client.training import Split, Trainer, mean_metrics, resident_trainer
 from shared_models.plan import Plan
 from shared_models.task import Picture
 from shared_models.volume import Volume
-from shared_models.weights import Weights, decode, encode, initial_weights
+from shared_models.weights import Weights, averaged, decode, encode, initial_weights
 from simulation.processes import process_pool
 from simulation.stations import SiteFolder, cohort_of
 
@@ -73,9 +73,12 @@ def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, 
     weights = initial_weights(trainer.task.build_network, seed)
     best, best_value = weights, float("-inf")
     chooses = plan.strategy.release == "best" and bool(cohort.patients("validation"))
+    average: Weights | None = None
     for round_ in range(1, plan.rounds + 1):
         update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
         weights = {key: weights[key] + update[key] for key in weights}
+        if (decay := plan.strategy.average_decay) is not None:
+            average = averaged(average, weights, round_, decay)
         if chooses:
             measured = mean_metrics(list(trainer.measure(weights, cohort, "validation").values()))
             value = measured[trainer.task.headline]
@@ -83,7 +86,7 @@ def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, 
             value = float(round_)
         if value > best_value:
             best, best_value = weights, value
-    return best
+    return best if average is None else average
 
 
 def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Run(Part):
     """Why the run did not finish."""
 
     best_round: int | None = None
-    released: Literal["best", "last"] | None = None
+    released: Literal["best", "last", "averaged"] | None = None
     weights_sha256: str | None
     released_sha256: str | None = None
 

@@ -56,7 +56,8 @@ FULL: Tables = {
         "deadline_s": 600.0,
         "proximal_mu": 0.01,
         "max_update_norm": 500.0,
-        "release": "last",
+        "release": "averaged",
+        "average_decay": 0.9,
     },
     "simulation": {
         "patients": 12,
@@ -420,6 +421,8 @@ class TestContradictions:
         ("_sum_to_one", ("data", "split", "train"), 0.6, "data.split"),
         ("_proximal_term", ("strategy", "name"), "fedavg", "strategy.proximal_mu"),
         ("_proximal_term", ("strategy",), {"name": "fedprox"}, "strategy.proximal_mu"),
+        ("_average", ("strategy", "release"), "last", "strategy.average_decay"),
+        ("_average", ("strategy", "average_decay"), None, "strategy.average_decay"),
         ("_axes_agree", ("data", "patch"), [32, 32, 32], "data.patch"),
         ("_axes_agree", ("data", "spacing_mm"), [1.0, 1.0, 1.0], "data.spacing_mm"),
         ("_axes_agree", ("data", "dimensions"), 3, "data.patch"),
@@ -470,7 +473,7 @@ class TestPrivacy:
         ("_gamma_of_automatic_clipping", ("privacy", "clipping"), "flat", "privacy.clip_gamma"),
         ("_bound_of_images", ("privacy", "unit"), "patient", "privacy.images_per_patient"),
         ("_noise_of_metrics", ("privacy", "metrics_every"), 0, "privacy.metrics_noise"),
-        ("_private_release", ("strategy", "release"), "best", "strategy.release"),
+        ("_private_release", ("strategy",), {"release": "best"}, "strategy.release"),
         ("", ("training", "epochs"), 1, "training.epochs"),
         ("", ("training", "batch_size"), 8, "training.batch_size"),
     )
