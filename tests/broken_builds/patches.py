@@ -819,12 +819,12 @@ _DOOR = (
             "means = NoisedMeans.of(trainer.task, split, declared_size)\n"
             '    object.__setattr__(means, "n_patients", len(cohort.patients(split)))',
         ),
-        caught_by=(f"{TWINS}::TestValidationPatient::test_hostile_patient_shows_in_the_metrics_alone",),
+        caught_by=(f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone",),
     ),
     patch(
         "bad validation patient ends the round",
         ("client/work.py", "        except Exception as error:\n", "        except ZeroDivisionError as error:\n"),
-        caught_by=(f"{TWINS}::TestValidationPatient::test_hostile_patient_shows_in_the_metrics_alone",),
+        caught_by=(f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone",),
     ),
     patch(
         "true number of patients leaves",

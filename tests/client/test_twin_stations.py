@@ -152,9 +152,10 @@ class Town:
         for number in range(256):
             self._secret = bytes([number]) * 32
             places = {p: split_of(self._secret, key_of(self._secret, p), plans[0].data.split) for p in patients}
-            if list(places.values()).count("train") >= 3 and list(places.values()).count("validation") >= 2:
+            n_in = {split: list(places.values()).count(split) for split in ("train", "validation", "test")}
+            if n_in["train"] >= 3 and min(n_in.values()) >= 1:
                 break
-        self.patient = {split: next(p for p in patients if places[p] == split) for split in ("train", "validation")}
+        self.patient = {split: next(p for p in patients if places[p] == split) for split in n_in}
 
     def station(self, name: str, *, without: str | None = None, spoil: Callable[[Path], None] | None = None) -> Path:
         """The folder of a station that has approved the plans, before any question; a copy each time.
@@ -295,18 +296,21 @@ class TestTrainingPatient:
         assert any(compare(town.without("train"), station, town.plans[0]))
 
 
-class TestValidationPatient:
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_hostile_patient_shows_in_the_metrics_alone(self, town, kind):
+class TestMeasuredPatient:
+    @pytest.mark.parametrize(
+        ("split", "place", "kind"),
+        [*(("validation", 3, kind) for kind in KINDS), ("test", 7, "an ordinary one"), ("test", 7, "NaN pixels")],
+    )
+    def test_hostile_patient_shows_in_the_metrics_alone(self, town, split, place, kind):
         """
-        A validation patient moves the sum of the metrics by its clip at most, and nothing else.
+        One who is measured moves one sum of metrics by its clip at most, and nothing else; being the only one, too.
         """
         along = town.station("along")
-        spoilt(town.entry(along, "validation"), kind)
-        squares = compare(town.without("validation"), along, town.plans[0])
+        spoilt(town.entry(along, split), kind)
+        squares = compare(town.without(split), along, town.plans[0])
 
-        assert not any(squares[i] for i in (0, 1, 2, 4, 5, 6, 7))
-        assert kind != "an ordinary one" or squares[3] > 0
+        assert not any(squares[:place] + squares[place + 1 :])
+        assert kind != "an ordinary one" or squares[place] > 0
 
 
 def test_twins_that_differ_in_more_are_told_apart(town, monkeypatch):
