@@ -174,7 +174,7 @@ _THE_NINE = (
         ),
         caught_by=(
             f"{TRAINING}::TestStep::test_divisor_is_the_plans_however_many_take_part",
-            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone",
+            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
         ),
         nine=True,
     ),
@@ -187,7 +187,7 @@ _THE_NINE = (
         ),
         caught_by=(
             f"{TRAINING}::TestTwins::test_augmentation_belongs_to_patient_and_step",
-            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone",
+            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
         ),
         nine=True,
     ),
@@ -350,7 +350,7 @@ _LOOP = (
         ),
         caught_by=(
             f"{TRAINING}::TestTwins::test_silent_patient_changes_nothing_of_the_round",
-            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone",
+            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[truncated file]",
         ),
     ),
     patch(
@@ -819,12 +819,16 @@ _DOOR = (
             "means = NoisedMeans.of(trainer.task, split, declared_size)\n"
             '    object.__setattr__(means, "n_patients", len(cohort.patients(split)))',
         ),
-        caught_by=(f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone",),
+        caught_by=(
+            f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone[validation-3-an ordinary one]",
+        ),
     ),
     patch(
         "bad validation patient ends the round",
         ("client/work.py", "        except Exception as error:\n", "        except ZeroDivisionError as error:\n"),
-        caught_by=(f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone",),
+        caught_by=(
+            f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone[validation-3-truncated file]",
+        ),
     ),
     patch(
         "true number of patients leaves",
@@ -835,7 +839,7 @@ _DOOR = (
         ),
         caught_by=(
             f"{STATION}::TestWhatLeaves::test_update_leaves_with_its_cost_and_no_number_of_patients",
-            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone",
+            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
         ),
     ),
     patch(
@@ -845,7 +849,9 @@ _DOOR = (
             "released={r.kind: _n_values(r) for r in releases})",
             'released={r.kind: _n_values(r) for r in releases}, n=len(cohort.patients("train")))',
         ),
-        caught_by=(f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone",),
+        caught_by=(
+            f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
+        ),
     ),
     patch(
         "progress in steps",

@@ -157,36 +157,40 @@ class Town:
                 break
         self.patient = {split: next(p for p in patients if places[p] == split) for split in n_in}
 
-    def station(self, name: str, *, without: str | None = None, spoil: Callable[[Path], None] | None = None) -> Path:
-        """The folder of a station that has approved the plans, before any question; a copy each time.
+    def station(
+        self, name: str, number: int = 0, *, without: str | None = None, spoil: Callable[[Path], None] | None = None
+    ) -> Path:
+        """The folder of a station that has approved a plan, before any question; a copy each time.
 
         Parameters
         ----------
+        number
+            Of the plan.
         without
             The split from which a patient is taken away.
         spoil
             Changes the images of that patient of the training split before they are catalogued.
         """
-        made = self.folder / name
-        if not made.exists():
-            data = shutil.copytree(self._data, self.folder / f"data of {name}")
+        made, data = self.folder / f"{name}-{number}", self.folder / f"data of {name}"
+        if not data.exists():
+            shutil.copytree(self._data, data)
             if without:
                 shutil.rmtree(data / self.patient[without])
             if spoil:
                 spoil(data / self.patient["train"])
+        if not made.exists():
             policy = Policy(lifetime_epsilon=1e6, run_epsilon=1e6, minimum_patients=1)
             config = SiteConfig(name="site-1", data=str(data), device="cpu", policy=policy)
             station = Station.create(made, config, secret=self._secret)
             station.trust(self._operator.name, self._operator.public_pem)
-            for plan in self.plans:
-                station.approve(plan, declared_size=DECLARED)
+            station.approve(self.plans[number], declared_size=DECLARED)
         n = len(list(self.folder.glob("copy-*")))
         return shutil.copytree(made, self.folder / f"copy-{n}")
 
     def without(self, split: str, number: int = 0) -> tuple[dict[str, object], Sums]:
         """What is seen of the hospital that lacks the patient, under one of the plans; asked once."""
         if (split, number) not in self._seen:
-            station = self.station(f"without-{split}", without=split)
+            station = self.station(f"without-{split}", number, without=split)
             self._seen[split, number] = asked(station, self.plans[number])
         return self._seen[split, number]
 
@@ -260,7 +264,7 @@ class TestTrainingPatient:
         """
         Proximal term, automatic clipping, 16 bits, an optimiser with a memory, weight decay, several views.
         """
-        along = town.station("along")
+        along = town.station("along", number)
         spoilt(town.entry(along, "train"), "1000 times as bright")
 
         assert any(compare(town.without("train", number), along, town.plans[number]))
