@@ -847,7 +847,7 @@ _DOOR = (
         (
             "client/station.py",
             "released={r.kind: _n_values(r) for r in releases})",
-            'released={r.kind: _n_values(r) for r in releases}, n=len(cohort.patients("train")))',
+            'released={r.kind: _n_values(r) for r in releases}, patients=len(cohort.patients("train")))',
         ),
         caught_by=(
             f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
