@@ -172,6 +172,7 @@ def killed_answer(world: World, ask: Ask, killed: Callable[[Callable[[], None]],
 
 
 class TestKilled:
+    @pytest.mark.slow
     @pytest.mark.skipif(
         not can_kill_at_writes, reason="stops a process at its system calls, which needs Linux on x86-64"
     )
