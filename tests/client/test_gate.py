@@ -124,6 +124,44 @@ class TestRelease:
         assert "41.5" not in str(error.value)
 
 
+class TestPrivacy:
+    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    @pytest.mark.parametrize("rule", [None, "allowed", "noised", "forbidden"])
+    def test_what_has_no_noise_is_stopped(self, kind, rule):
+        """
+        Under [privacy] an exact value stops the whole answer, whatever the hospital's policy says of its kind.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: rule})))
+        paid = [Release(k, VALUES[k], is_noised=True) for k in ("update", "metric") if k != kind]
+
+        with pytest.raises(FederadError, match=rf"(?s)C147.*{kind}.*no noise"):
+            gate.release(QUESTION, [*paid, Release(kind, VALUES[kind])], is_private=True)
+
+    @pytest.mark.parametrize(
+        ("rule", "leaves"), [(None, True), ("allowed", True), ("noised", True), ("forbidden", False)]
+    )
+    @pytest.mark.parametrize("kind", ["update", "metric"])
+    def test_what_was_paid_for_leaves_unless_it_is_forbidden(self, kind, rule, leaves):
+        """
+        With noise a kind leaves, and what the hospital forbids stays all the same.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: rule})))
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind], is_noised=True)], is_private=True))
+
+        assert bool({"update": answer.update, "metric": answer.metrics}[kind]) is leaves
+
+    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    def test_policy_that_asks_for_noise_keeps_exact_values_of_any_plan(self, kind):
+        """
+        "noised" lets nothing exact out, from a plan without [privacy] either.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: "noised"})))
+        answer = decode_answer(gate.release(QUESTION, [Release(k, VALUES[k]) for k in ("update", "metric", "count")]))
+        left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts}
+
+        assert {name for name, value in left.items() if value} == left.keys() - {kind}
+
+
 class TestRefuse:
     @pytest.mark.parametrize("word", get_args(Refusal))
     @pytest.mark.parametrize("question", [QUESTION, None], ids=["question", "unreadable question"])
