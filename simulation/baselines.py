@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.data.cohort import Cohort, Patient
-from client.training import Split, Trainer, mean_metrics, resident_trainer
+from client.training import Split, Trainer, resident_trainer
 from shared_models.plan import Plan
 from shared_models.task import Picture
 from shared_models.volume import Volume
@@ -53,10 +53,10 @@ class Row:
     per_site: dict[str, dict[str, float]]
     """Test metrics on each site's test patients; sites without any are left out."""
 
-    def mean(self, metric: str) -> float:
-        """Mean over sites, each counting the same; there is at least one."""
-        values = [metrics[metric] for metrics in self.per_site.values()]
-        return sum(values) / len(values)
+    def mean(self, metric: str) -> float | None:
+        """Mean over the sites that have it, each counting the same; None if none has."""
+        values = [metrics[metric] for metrics in self.per_site.values() if metric in metrics]
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, 
         update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
         weights = {key: weights[key] + update[key] for key in weights}
         if chooses:
-            measured = mean_metrics(list(trainer.measure(weights, cohort, "validation").values()))
-            value = measured[trainer.task.headline]
+            measured = trainer.task.summary(list(trainer.measure(weights, cohort, "validation").values()))
+            value = measured.get(trainer.task.headline, float("-inf"))
         else:
             value = float(round_)
-        if value > best_value:
+        if value > best_value or best_value == float("-inf"):
             best, best_value = weights, value
     return best
 
@@ -92,7 +92,7 @@ def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Se
     for site in sites:
         measured = trainer.measure(weights, cohort_of(site, plan), "test")
         if measured:
-            per_site[site.name] = mean_metrics(list(measured.values()))
+            per_site[site.name] = trainer.task.summary(list(measured.values()))
     return per_site
 
 
@@ -135,7 +135,7 @@ def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[Te
     cohort = cohort_of(site, plan)
     measured = trainer.measure(weights, cohort, "test")
     studies = {patient.key: patient.studies[0] for patient in cohort.patients("test")}
-    ranked = sorted(measured, key=lambda key: (-measured[key][trainer.task.headline], key))
+    ranked = sorted(measured, key=lambda key: (-measured[key][trainer.task.shown], key))
     chosen = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})] if ranked else []
     shown = []
     for key in chosen:

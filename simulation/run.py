@@ -282,7 +282,7 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         "rows": [
             {
                 "method": row.method,
-                "per_site": {site: metrics[metric] for site, metrics in row.per_site.items()},
+                "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
                 "metrics": row.per_site,
                 "mean": row.mean(metric),
             }
@@ -300,8 +300,8 @@ def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | Non
     for row in rows:
         kind, _, home = row.method.partition(":")
         if kind == "local":
-            own += [m[metric] for site, m in row.per_site.items() if site == home]
-            elsewhere += [m[metric] for site, m in row.per_site.items() if site != home]
+            own += [m[metric] for site, m in row.per_site.items() if site == home and metric in m]
+            elsewhere += [m[metric] for site, m in row.per_site.items() if site != home and metric in m]
     return (float(np.mean(own)) if own else None), (float(np.mean(elsewhere)) if elsewhere else None)
 
 

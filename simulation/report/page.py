@@ -98,10 +98,12 @@ def _write(folder: Path, template: str, **shown: object) -> Path:
 
 def _validation(run: Run) -> Markup | None:
     """The headline metric over the rounds: each site thin, all of them bold."""
-    overall = [(r.round, r.validation[run.headline]) for r in run.rounds if r.validation]
+    overall = [(r.round, r.validation[run.headline]) for r in run.rounds if run.headline in (r.validation or {})]
     lines = []
     for i, site in enumerate(run.names):
-        points = [(r.round, r.per_site[site][run.headline]) for r in run.rounds if site in r.per_site]
+        points = [
+            (r.round, r.per_site[site][run.headline]) for r in run.rounds if run.headline in r.per_site.get(site, {})
+        ]
         lines.append(Line(site, points, site_colour(i)))
     ring = next((point for point in overall if point[0] == run.best_round), None)
     description = f"validation {words.metric_name(run.headline)} over the rounds"
@@ -118,7 +120,7 @@ def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     if run.test:
         for metric in run.metrics:
             values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
-            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean[metric]})
+            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean.get(metric)})
     if run.comparison:
         ways = {**{site: run.comparison.at(site) for site in run.names}, ALL: run.comparison.mean}
         yield "Own model", _cells({site: w.own for site, w in ways.items()})

@@ -80,8 +80,8 @@ class Method(Part):
 
     method: str
     per_site: Metrics
-    mean: float
-    """Mean over sites, each counting the same."""
+    mean: float | None
+    """Mean over sites, each counting the same; None where no site has the metric."""
 
 
 class Comparison(Part):
@@ -161,7 +161,9 @@ class Run(Part):
     @property
     def best_validation(self) -> float | None:
         """The headline metric on validation patients after the best round."""
-        return max((r.validation[self.headline] for r in self.rounds if r.validation), default=None)
+        return max(
+            (r.validation[self.headline] for r in self.rounds if self.headline in (r.validation or {})), default=None
+        )
 
 
 class Measured(Part):

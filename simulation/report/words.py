@@ -66,7 +66,7 @@ def summary(run: Run) -> str:
         verb = "paused" if run.status == "paused" else "ended early"
         parts = [f"{hospitals} trained{together}; the run {verb} after {rounds}"]
     means = run.comparison.mean if run.comparison else None
-    reached = means.shared if means else run.test.mean[run.headline] if run.test else None
+    reached = means.shared if means else run.test.mean.get(run.headline) if run.test else None
     if reached is None:
         parts.append("the shared model was not measured on test patients")
     else:

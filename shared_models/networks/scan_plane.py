@@ -1,0 +1,45 @@
+"""The fully convolutional scan-plane network (SonoNet; Baumgartner et al. 2017, arXiv:1612.05601), for classification.
+
+Blocks of two or three convolutions with pooling between them, two 1 x 1 convolutions that end in one map for each label,
+and the mean over space: where a label was seen can be read off its map. In place of the paper's batch normalisation
+stands group normalisation, and nothing is normalised after the last convolution, which would make all means alike.
+"""
+
+from __future__ import annotations
+
+from monai.networks.blocks import Convolution
+from monai.networks.layers.factories import Pool
+from torch import nn
+
+from shared_models.networks.resnet import group_norm
+from shared_models.plan import Plan
+
+N_SHALLOW = 2
+"""Depths with two convolutions; those below have three, as in the paper."""
+
+
+def build(plan: Plan) -> nn.Module:
+    """A freshly initialised scan-plane network for ``plan``.
+
+    It maps float32 ``(batch, input channel, [z,] y, x)`` to class maps ``(batch, label, [z,] y, x)``, coarser by
+    ``2 ** (depths - 1)`` along each axis; the logits are their means over space.
+    """
+    dimensions, layers = plan.data.dimensions, list[nn.Module]()
+    n_in = len(plan.data.channels)
+
+    def convolution(n_out: int, kernel_size: int = 3) -> nn.Module:
+        return Convolution(
+            dimensions, n_in, n_out, kernel_size=kernel_size, act="RELU", norm=group_norm(n_out), bias=False
+        )
+
+    for depth, n_out in enumerate(plan.task.channels):
+        if depth:
+            layers.append(Pool[Pool.MAX, dimensions](2))
+        for _ in range(2 if depth < N_SHALLOW else 3):
+            layers.append(convolution(n_out))
+            n_in = n_out
+    adapted = max(1, n_in // 2)
+    layers.append(convolution(adapted, kernel_size=1))
+    return nn.Sequential(
+        *layers, Convolution(dimensions, adapted, len(plan.task.labels), kernel_size=1, conv_only=True)
+    )
