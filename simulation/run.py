@@ -213,7 +213,8 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
         "plan_sha256": plan.sha256,
         "task": plan.task.kind,
         "headline": task.headline,
-        "metrics": task.metrics,
+        "metrics": dict(task.metrics),
+        "labels": list(plan.task.labels),
         "engine": request.execution.engine,
         "workers": request.execution.workers,
         "seed": request.seed,
@@ -316,7 +317,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
     else:
         with process_pool(min(request.execution.workers, len(sites))) as pool:
             shown = list(pool.map(show_patients, [plan] * len(sites), sites, [weights] * len(sites)))
-    metric = task_for(plan).headline
+    shows = task_for(plan).shown
     for site, patients in zip(sites, shown, strict=True):
         scanner = ", ".join(cohort_of(site, plan).scanners)
         for (patient, picture), which in zip(patients, ("best", "median", "worst"), strict=False):
@@ -326,13 +327,17 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
                 f"{k}/truth": picture.truth.astype(np.uint8),
                 f"{k}/prediction": picture.prediction.astype(np.uint8),
             }
+            if picture.heat is not None:
+                arrays[f"{k}/heat"] = picture.heat.astype(np.float32)
             meta.append(
                 json.dumps(
                     {
                         "site": site.name,
                         "scanner": scanner,
                         "which": which,
-                        metric: patient.metrics[metric],
+                        "shown": shows,
+                        shows: patient.metrics[shows],
+                        "caption": picture.caption,
                         "pixel_mm": list(picture.pixel_mm),
                     }
                 )

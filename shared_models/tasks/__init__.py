@@ -7,3 +7,8 @@ TASKS = {
 
 OF_WHOLE_STUDIES = frozenset({"classification"})
 """Tasks whose reference is one label for a study; that of the others is a label for every voxel."""
+
+
+def confused(truth: str, predicted: str) -> str:
+    """Name of the metric that says which share of patients has one label and got another, or the same."""
+    return f"{truth} as {predicted}"

@@ -24,6 +24,7 @@ from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
 from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task
+from shared_models.tasks import confused
 from shared_models.volume import Volume, crop, in_greys
 
 SLICES_AT_ONCE = 16
@@ -226,11 +227,6 @@ class Classification(Task):
         """The window's sides (z, y, x): all slices in 2-D."""
         patch = self.plan.data.patch
         return (volume.image.shape[1], *patch) if len(patch) == 2 else (patch[0], patch[1], patch[2])
-
-
-def confused(truth: str, predicted: str) -> str:
-    """Name of the share of patients who have one label and got another, or the same."""
-    return f"{truth} as {predicted}"
 
 
 def area_under_curve(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:

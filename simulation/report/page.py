@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shared_models.errors import FederadError
+from shared_models.tasks import confused
 from simulation.report import words
 from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
@@ -53,6 +54,7 @@ def write_report(folder: Path) -> Path:
         colours=[COLOURS[site_colour(i)] for i in range(len(run.sites))],
         columns=dict(_columns(run)),
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
+        confusion=_confusion(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
         by_round=_by_round(run),
         galleries=pictures(folder, run.headline) if run.status == "finished" else {},
@@ -167,6 +169,25 @@ def _seeds(metric: str, measured: list[Measured]) -> Markup:
         marks = [*((v, "|", ACCENT, 9.0) for v in row.values), (row.mean, "o", ACCENT, 6.5)]
         shown.append(Row(f"{row.method}\n{row.split}", marks, (row.mean - row.sd, row.mean + row.sd)))
     return rows(f"{words.metric_name(metric)} of each method", shown)
+
+
+def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
+    """Test patients by the label they have (rows) and the one they got (columns); empty for tasks without such counts.
+
+    Each cell is its text, how strong its colour is [per cent], and whether it is right.
+    """
+    mean = run.test.mean if run.test else {}
+    shares = {a: [mean.get(confused(a, b), 0.0) for b in run.labels] for a in run.labels}
+    if run.test is None or not any(confused(a, b) in mean for a in run.labels for b in run.labels):
+        return {}
+    n = sum(site["patients"] for site in run.test.per_site.values())
+    return {
+        a: [
+            (f"{share * n:.0f}", round(70 * share / (sum(row) or 1.0)), a == b)
+            for b, share in zip(run.labels, row, strict=True)
+        ]
+        for a, row in shares.items()
+    }
 
 
 def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool]]]:

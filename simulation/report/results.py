@@ -132,6 +132,7 @@ class Run(Part):
     metrics: dict[str, bool]
     """Name of each metric, and whether larger is better."""
 
+    labels: tuple[str, ...] = ()
     engine: str
     workers: int
     seed: int
