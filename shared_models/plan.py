@@ -305,6 +305,13 @@ class SimulationTable(_Table):
         min_length=1,
         description="share of patients with a lesion, dealt to the sites in this order; leave it out for all of them",
     )
+    label_skew: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="how alike the sites are among which a data set is dealt: 0.1 for hardly, 100 for nearly; leave it out "
+        "for equal shares",
+    )
     drop_out: float = Field(default=0.0, ge=0, lt=1, description="probability that a site misses a round, 0 to below 1")
     delay_s: float = Field(default=0.0, ge=0, le=3600, description="longest emulated delay of an answer in seconds")
     late_joiners: int = Field(default=0, ge=0, le=10_000, description="how many of the last sites join late")

@@ -44,7 +44,9 @@ def run(
     plan: PlanFile,
     out: Out,
     sites: Sites = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Real data: one folder of images for each site, or a MedMNIST file.")
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="in-process, ray or deployment.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,

@@ -3,6 +3,7 @@
 Everything lies in one folder::
 
     hospitals/       emulated hospitals' DICOM folders (unless real data is given)
+    sites/           sites to which a MedMNIST file was dealt
     stations/        one station for each site
     journal/         committed rounds and their weights
     pictures.npz     a few test patients for the report (never part of what sites send)
@@ -34,6 +35,7 @@ from shared_models.weights import encode
 from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
+from simulation.medmnist import deal
 from simulation.processes import one_thread, process_pool
 from simulation.scanners import scanners_sha256
 from simulation.stations import SiteFolder, cohort_of, forget_history, open_station, prepare_stations
@@ -62,7 +64,8 @@ class Request:
     """Number of sites; None takes four emulated ones, or all that lie in ``data``."""
 
     data: Path | None = None
-    """A folder with one folder of images for each site; None emulates hospitals."""
+    """A folder with one folder of images for each site, or a MedMNIST file that is dealt to sites; None emulates
+    hospitals."""
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
@@ -146,6 +149,11 @@ def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
     require_minimum(request)
     stations = request.folder.resolve() / "stations"
+    if request.data is not None and request.data.is_file():
+        folder, n_sites = request.folder.resolve() / "sites", request.n_sites or DEFAULT_SITES
+        watcher.stage("dealing images")
+        dealt = deal(request.data, request.plan, n_sites=n_sites, folder=folder, seed=request.seed)
+        return [SiteFolder(path.name, path, stations / path.name) for path in dealt]
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []

@@ -63,6 +63,7 @@ FULL: Tables = {
         "slices": 6,
         "scanners": ["one", "two"],
         "prevalence": [0.5, 0.25],
+        "label_skew": 0.5,
         "drop_out": 0.1,
         "delay_s": 2.0,
         "late_joiners": 1,
