@@ -129,7 +129,7 @@ def experiment(
     if out is None:
         raise impossible("--out is missing.", "An experiment keeps its partial results there.", "--out DIR")
     chosen = EXPERIMENTS[name]
-    with watching(chosen.plan(quick=quick), as_json) as watcher:
+    with watching(next(iter(chosen.arms(quick=quick).values())), as_json) as watcher:
         result = run_experiment(
             chosen, out, quick=quick, workers=workers or usable_cpus(), watcher=watcher, command=command_line()
         )
@@ -243,9 +243,8 @@ def show_experiment(result: dict[str, Any], out: Path) -> None:
     for column in ("claim", "value", "expected", "holds"):
         table.add_column(column)
     for claim in result["claims"]:
-        table.add_row(
-            claim["claim"], f"{claim['value']:.3f}", f"{claim['expected']:g}", "yes" if claim["holds"] else "no"
-        )
+        expected = f"{claim['bound']} {claim['expected']:g}"
+        table.add_row(claim["claim"], f"{claim['value']:.3f}", expected, "yes" if claim["holds"] else "no")
     console = Console()
     console.print(table)
     console.print(out / "report.html")

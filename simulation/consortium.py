@@ -131,6 +131,14 @@ def emulate(
     return hospitals
 
 
+def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
+    """SHA-256 over everything that the files of :func:`emulate` depend on: plans with the same share their hospitals."""
+    sha256: str = _manifest(
+        _grid(plan), _lesion_label(plan), _dealt_scanners(plan, n_sites), plan.simulation.patients, seed
+    )["sha256"]
+    return sha256
+
+
 # ---------------------------------------------------------------------------------------------- what the plan asks for
 
 

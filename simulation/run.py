@@ -3,7 +3,7 @@
 Everything lies in one folder::
 
     hospitals/       emulated hospitals' DICOM folders (unless real data is given)
-    stations/        one station for each site
+    stations/        one station for each site (both elsewhere where runs share them)
     journal/         committed rounds and their weights
     pictures.npz     a few test patients for the report (never part of what sites send)
     model.safetensors  the released weights
@@ -66,10 +66,18 @@ class Request:
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
+    sites_folder: Path | None = None
+    """Where ``hospitals`` and ``stations`` lie, for runs one after the other on the same sites; None takes ``folder``."""
+
     compare: bool = True
     """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
     command: str = ""
+
+    @property
+    def shared(self) -> Path:
+        """The folder of ``hospitals`` and ``stations``."""
+        return (self.sites_folder or self.folder).resolve()
 
     def __post_init__(self) -> None:
         if self.n_sites is not None and self.n_sites < 1:
@@ -145,7 +153,7 @@ def use_folder(folder: Path) -> Path:
 def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
     require_minimum(request)
-    stations = request.folder.resolve() / "stations"
+    stations = request.shared / "stations"
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
@@ -179,7 +187,7 @@ def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
     return emulate(
         request.plan,
         n_sites=n_sites,
-        folder=request.folder.resolve() / "hospitals",
+        folder=request.shared / "hospitals",
         seed=request.seed,
         workers=request.execution.workers,
         progress=watcher.step,
