@@ -78,7 +78,9 @@ def _ledger(station: Path) -> str:
     n_runs = len(opened.ledger().spent().runs)
     text = f"{n_runs} runs charged"
     if opened.config.anchor is None and not opened.config.emulated:
-        return f"{text}; its anchor lies beside it and is lost with it: set anchor in site.toml to a file on another disk"
+        return (
+            f"{text}; its anchor lies beside it and is lost with it: set anchor in site.toml to a file on another disk"
+        )
     return text
 
 

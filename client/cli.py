@@ -329,7 +329,8 @@ def ledger(
         bool, typer.Option("--begin-anew", help="The history is lost: count it as spent without bound.")
     ] = False,
     new_anchor: Annotated[
-        bool, typer.Option("--new-anchor", help="The anchor moved or is lost, and the ledger is the newest: write it anew.")
+        bool,
+        typer.Option("--new-anchor", help="The anchor moved or is lost, and the ledger is the newest: write it anew."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -243,6 +243,11 @@ class Ledger:
         """Write the anchor at a new place; C168 if what is there already is not an older copy of it."""
         cls(folder, secret, anchor)._chain.renew_anchor()
 
+    def require_whole(self) -> None:
+        """Check all of it again; raises as :meth:`open`."""
+        with self._opened():
+            pass
+
     @property
     def head(self) -> Head:
         """Number of entries and hash of the last: says nothing to whoever lacks the station's secret."""

@@ -86,6 +86,7 @@ class Station:
         self._gate = Gate(self.config.name, self.config.permits)
         self._plans = Plans(folder)
         self._secret = (folder / "secret").read_bytes()
+        self._ledger: Ledger | None = None
 
     @classmethod
     def create(cls, folder: Path, config: SiteConfig, *, secret: bytes | None = None) -> Self:
@@ -186,14 +187,18 @@ class Station:
         self._put(Release("status", {"word": "started"}), topic="started")
 
     def ledger(self) -> Ledger:
-        """What was spent here, checked as a whole.
+        """What was spent here, checked as a whole now and whenever it is used.
 
         Raises
         ------
         FederadError
             C164 to C168 if it cannot be used: nothing is trained then.
         """
-        return Ledger.open(self.folder, self._secret, self._anchor)
+        if self._ledger is None:
+            self._ledger = Ledger.open(self.folder, self._secret, self._anchor)
+        else:
+            self._ledger.require_whole()
+        return self._ledger
 
     def recover_ledger(self) -> int:
         """After an older copy of the ledger was put back; how many entries were missing and count as spent now."""

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from client.data.cohort import Cohort, Patient
+from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
 from shared_models.plan import Plan
 from shared_models.task import Picture
@@ -148,3 +152,22 @@ def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[Te
 def encoded(weights: Weights) -> bytes:
     """Weights as bytes, to hand them to a worker."""
     return encode(weights, "")
+
+
+def measured_mean(plan: Plan, model: Path, sites: Sequence[SiteFolder]) -> dict[str, float]:
+    """Mean test metrics of a released model over the sites, each counting the same, exactly.
+
+    **For emulated patients only.** Where patients are real, the exact figure of a plan with ``[privacy]`` is a release that
+    nobody paid for; these protect nobody who exists, and without the truth a simulation could not tell what privacy costs.
+
+    Raises
+    ------
+    ValueError
+        If a simulation did not write one of these sites' images.
+    """
+    if not all(is_emulated(site.data) for site in sites):
+        raise ValueError("a private model is measured exactly on emulated patients only")
+    weights, _ = decode(model.read_bytes())
+    per_site = measure_everywhere(resident_trainer(plan, DEVICE), weights, plan, sites)
+    names = dict.fromkeys(name for metrics in per_site.values() for name in metrics)
+    return {name: float(np.mean([m[name] for m in per_site.values() if name in m])) for name in names}

@@ -124,9 +124,7 @@ def emulate(
         for number, scanner in enumerate(scanners, start=1)
     ]
     prevalence = _dealt_prevalence(plan, n_sites)
-    manifest = _manifest(grid, label, scanners, plan.simulation.patients, seed)
-    if prevalence[0] is not None:
-        manifest = _signed({**manifest["inputs"], "prevalence": prevalence, "without": plan.task.labels[0]})
+    manifest = _manifest(plan, n_sites, seed)
     if _is_complete(folder, manifest):
         return hospitals
     with _filled_afresh(folder, manifest):
@@ -142,6 +140,12 @@ def emulate(
             of_hospital = [one for one in assignments if one.folder == hospital.folder]
             _write_labels(hospital.folder / "labels.csv", of_hospital, plan.task.labels[:2])
     return hospitals
+
+
+def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
+    """SHA-256 over everything that the files of :func:`emulate` depend on: plans with the same share their hospitals."""
+    sha256: str = _manifest(plan, n_sites, seed)["sha256"]
+    return sha256
 
 
 # ---------------------------------------------------------------------------------------------- what the plan asks for
@@ -204,21 +208,19 @@ def _dealt_prevalence(plan: Plan, n_sites: int) -> list[float | None]:
 # --------------------------------------------------------------------------------------------------- one folder, once
 
 
-def _manifest(grid: Grid, label: str, scanners: Sequence[str], n_patients: int, seed: int) -> dict[str, Any]:
+def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
     """What the files depend on, and its hash."""
-    inputs = {
+    inputs: dict[str, Any] = {
         "format": FORMAT,
         "seed": seed,
-        "patients": n_patients,
-        "label": label,
-        "scanners": list(scanners),
+        "patients": plan.simulation.patients,
+        "label": _lesion_label(plan),
+        "scanners": _dealt_scanners(plan, n_sites),
         "scanners_sha256": scanners_sha256(),
-        "grid": asdict(grid),
+        "grid": asdict(_grid(plan)),
     }
-    return _signed(inputs)
-
-
-def _signed(inputs: dict[str, Any]) -> dict[str, Any]:
+    if plan.simulation.prevalence is not None:
+        inputs |= {"prevalence": _dealt_prevalence(plan, n_sites), "without": plan.task.labels[0]}
     sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return {"emulated": True, "sha256": sha256, "inputs": inputs}
 

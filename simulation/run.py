@@ -4,7 +4,7 @@ Everything lies in one folder::
 
     hospitals/       emulated hospitals' DICOM folders (unless real data is given)
     sites/           sites to which a MedMNIST file was dealt
-    stations/        one station for each site
+    stations/        one station for each site (both elsewhere where runs share them)
     journal/         committed rounds and their weights
     pictures.npz     a few test patients for the report (never part of what sites send)
     model.safetensors  the released weights
@@ -69,10 +69,18 @@ class Request:
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
+    sites_folder: Path | None = None
+    """Where ``hospitals`` and ``stations`` lie, for runs one after the other on the same sites; None takes ``folder``."""
+
     compare: bool = True
     """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
     command: str = ""
+
+    @property
+    def shared(self) -> Path:
+        """The folder of ``hospitals`` and ``stations``."""
+        return (self.sites_folder or self.folder).resolve()
 
     def __post_init__(self) -> None:
         if self.n_sites is not None and self.n_sites < 1:
@@ -148,9 +156,9 @@ def use_folder(folder: Path) -> Path:
 def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
     require_minimum(request)
-    stations = request.folder.resolve() / "stations"
+    stations = request.shared / "stations"
     if request.data is not None and request.data.is_file():
-        folder, n_sites = request.folder.resolve() / "sites", request.n_sites or DEFAULT_SITES
+        folder, n_sites = request.shared / "sites", request.n_sites or DEFAULT_SITES
         watcher.stage("dealing images")
         dealt = deal(request.data, request.plan, n_sites=n_sites, folder=folder, seed=request.seed)
         return [SiteFolder(path.name, path, stations / path.name) for path in dealt]
@@ -187,7 +195,7 @@ def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
     return emulate(
         request.plan,
         n_sites=n_sites,
-        folder=request.folder.resolve() / "hospitals",
+        folder=request.shared / "hospitals",
         seed=request.seed,
         workers=request.execution.workers,
         progress=watcher.step,

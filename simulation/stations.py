@@ -67,6 +67,7 @@ def forget_history(station: Path) -> None:
     for path in (*station.glob("ledger.*"), *station.glob("audit.*")):
         path.unlink()
     shutil.rmtree(station / "answers", ignore_errors=True)
+    open_station.cache_clear()
 
 
 @lru_cache(maxsize=4096)

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from shared_models.errors import FederadError
 from shared_models.tasks import confused
 from simulation.report import words
-from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, rows, site_colour
+from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import pictures
 from simulation.report.results import Comparison, Experiment, Measured, Run, read
@@ -76,7 +76,8 @@ def write_experiment_report(folder: Path) -> Path:
     for row in result.rows:
         groups.setdefault(row.metric, []).append(row)
     charts = {metric: _seeds(metric, measured) for metric, measured in groups.items()}
-    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts)
+    drawings = {metric: _lines(metric, measured, result.axis) for metric, measured in groups.items()}
+    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts, drawings=drawings)
 
 
 def _write(folder: Path, template: str, **shown: object) -> Path:
@@ -188,6 +189,24 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
         ]
         for a, row in shares.items()
     }
+
+
+def _lines(metric: str, measured: list[Measured], axis: str) -> Markup | None:
+    """The rows that are points of a line, places in the order of the rows; None where no row is."""
+    points = [row for row in measured if row.line is not None and row.at is not None]
+    places = list(dict.fromkeys(row.at or "" for row in points))
+    lines = []
+    for k, name in enumerate(dict.fromkeys(row.line or "" for row in points)):
+        on_line = [row for row in points if row.line == name]
+        lines.append(
+            Line(
+                name,
+                [(places.index(row.at or ""), row.mean) for row in on_line],
+                (ACCENT, OWN, MUTED, CENTRAL)[k % 4],
+                intervals=[row.interval for row in on_line if row.interval],
+            )
+        )
+    return levels(f"{words.metric_name(metric)} over {axis}", lines, places, axis) if lines else None
 
 
 def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool]]]:

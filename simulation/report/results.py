@@ -175,7 +175,15 @@ class Measured(Part):
     split: str
     mean: float
     sd: float
+    interval: tuple[float, float] | None = None
+    """95 % t-interval of the mean over seeds; None for one seed."""
+
     values: tuple[float, ...]
+    line: str | None = None
+    """The line of the drawing on which this row is a point; None for a row that is on none."""
+
+    at: str | None = None
+    """The place on the horizontal axis above which the point lies."""
 
 
 class Claim(Part):
@@ -183,8 +191,10 @@ class Claim(Part):
 
     claim: str
     value: float
+    interval: tuple[float, float] | None = None
     values: tuple[float, ...]
     expected: float
+    bound: Literal["at least", "at most"] = "at least"
     holds: bool
     id: str
 
@@ -194,9 +204,14 @@ class Experiment(Part):
 
     experiment: str
     title: str
-    plan_sha256: str
+    plans: dict[str, str]
+    """SHA-256 of each arm's plan by the name of the arm."""
+
     quick: bool
     seeds: tuple[int, ...]
+    axis: str = ""
+    """What the horizontal axis of the drawing shows, where rows are points of lines."""
+
     rows: tuple[Measured, ...]
     claims: tuple[Claim, ...]
     command: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -73,7 +74,8 @@ def in_process(stations: list[Path], folder: Path) -> dict[str, float]:
         if getattr(event, "what", "") == "committed":
             marks.append((time.process_time(), sum(clock.seconds.values())))
 
-    run_rounds(plan, stations, Journal(folder / "journal"), seed=0, execution=Execution(workers=1), on_progress=note)
+    journal = Journal(Path(tempfile.mkdtemp(prefix="journal-", dir=folder)))
+    run_rounds(plan, stations, journal, seed=0, execution=Execution(workers=1), on_progress=note)
     cpu, training = (after - before for before, after in zip(marks[0], marks[-1], strict=True))
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"cpu_s": cpu, "training_cpu_s": training, "peak_mb": peak_mb, "rounds": len(marks) - 1}

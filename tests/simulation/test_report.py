@@ -171,7 +171,7 @@ def an_experiment() -> dict:
     return {
         "experiment": "federated-against-local",
         "title": "Together or each alone",
-        "plan_sha256": "9f2c" * 16,
+        "plans": {"": "9f2c" * 16},
         "quick": False,
         "seeds": [0, 1, 2],
         "rows": rows,
