@@ -1,7 +1,7 @@
 """Lesion or none at four emulated hospitals: together, pooled, and each on its own.
 
 Nobody tells the network where a lesion is, only that there is one; whether its heatmap finds it all the same is measured by
-the pointing game (Zhang et al. 2016, arXiv:1608.00507): the hottest point of a test patient's map lies in the outline or not.
+the pointing game (Zhang et al. 2016, arXiv:1608.00507): the hottest point of a test patient's map is in the outline or not.
 """
 
 from __future__ import annotations
