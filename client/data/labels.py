@@ -1,9 +1,10 @@
 """The label of a study as a whole, for tasks that have one: from a table, a folder's name, or the DICOM header.
 
 In this order: the attribute that the plan names, and nothing else then; a row of ``labels.csv``; for pictures the folder
-between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` (Patient
-ID, or what stands for it: the top folder of a NIfTI file, the name of a picture) and ``label``; a column ``study`` (Study
-Instance UID, or the NIfTI file's folder) says it for one study alone, a column ``site`` for one data folder.
+between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
+``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient ID, or
+what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a Study
+Instance UID, or the folder of the NIfTI file.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class StudyLabels:
     def __init__(self, source: Path, task: TaskTable, secret: bytes) -> None:
         self._indices = {name.strip().lower(): index for index, name in enumerate(task.labels)}
         self._attribute = task.label_attribute
+        self._source = source
         self._words: dict[str, set[str]] = defaultdict(set)
         for path in (source / TABLE, source.parent / TABLE):
             if self._attribute is None and path.is_file():
@@ -75,8 +77,8 @@ class StudyLabels:
         for key in (study.key, study.patient):
             if key in self._words:
                 return self._words[key]
-        folder = paths[0].parent
-        return {folder.name} if kind is Kind.PICTURE and folder.parent.name == "images" else set()
+        *_, above, folder = ("", "", *paths[0].relative_to(self._source).parts[:-1])
+        return {folder} if kind is Kind.PICTURE and above == "images" else set()
 
     def _read(self, path: Path, site: str, secret: bytes) -> None:
         try:
