@@ -49,6 +49,6 @@ def in_greys(plane: NDArray[np.float32]) -> NDArray[np.float32]:
     grey ``(y, x)``."""
     plane = np.asarray(plane, np.float32)
     low, high = np.percentile(plane, [1, 99.5])
-    shown = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
+    shown: NDArray[np.float32] = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
     n_colours = 3
     return shown.transpose(1, 2, 0) if shown.shape[0] == n_colours else shown[0]

@@ -123,7 +123,12 @@ def _homes(labels: NDArray[np.int64], shares: NDArray[np.float64], rng: np.rando
 
 
 def _write(
-    site: Path, split: str, images: NDArray[Any], labels: NDArray[np.int64], mine: Sequence[int], names: Sequence[str]
+    site: Path,
+    split: str,
+    images: NDArray[Any],
+    labels: NDArray[np.int64],
+    mine: NDArray[np.intp],
+    names: Sequence[str],
 ) -> None:
     (site / "images").mkdir(parents=True, exist_ok=True)
     ids = {i: f"{split}-{i:04d}" for i in map(int, mine)}

@@ -2,9 +2,9 @@
 
 In this order: the attribute that the plan names, and nothing else then; a row of ``labels.csv``; for pictures the folder
 between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
-``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient ID, or
-what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a Study
-Instance UID, or the folder of the NIfTI file.
+``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient
+ID, or what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a
+Study Instance UID, or the folder of the NIfTI file.
 """
 
 from __future__ import annotations

@@ -28,9 +28,10 @@ def build(plan: Plan) -> nn.Module:
     n_in = len(plan.data.channels)
 
     def convolution(n_out: int, kernel_size: int = 3) -> nn.Module:
-        return Convolution(
+        layer: nn.Module = Convolution(
             dimensions, n_in, n_out, kernel_size=kernel_size, act="RELU", norm=group_norm(n_out), bias=False
         )
+        return layer
 
     for depth, n_out in enumerate(plan.task.channels):
         if depth:

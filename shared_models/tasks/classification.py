@@ -247,8 +247,10 @@ def average_precision(scores: Array, is_positive: NDArray[np.bool_], weight: Arr
 def _by_score(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> tuple[Array, Array]:
     """Weight of positives and of negatives at each score that occurs, lowest first."""
     values, place = np.unique(scores, return_inverse=True)
-    positive = np.bincount(place, weight * is_positive, len(values))
-    return positive, np.bincount(place, weight * ~is_positive, len(values))
+    positive, negative = np.zeros(len(values)), np.zeros(len(values))
+    np.add.at(positive, place, weight * is_positive)
+    np.add.at(negative, place, weight * ~is_positive)
+    return positive, negative
 
 
 def _curves(probabilities: Array, truth: NDArray[np.intp], weight: Array) -> dict[str, float]:

@@ -101,7 +101,7 @@ def _write(folder: Path, template: str, **shown: object) -> Path:
 
 def _validation(run: Run) -> Markup | None:
     """The headline metric over the rounds: each site thin, all of them bold."""
-    overall = [(r.round, r.validation[run.headline]) for r in run.rounds if run.headline in (r.validation or {})]
+    overall = run.validation
     lines = []
     for i, site in enumerate(run.names):
         points = [

@@ -160,11 +160,15 @@ class Run(Part):
         return [site.name for site in self.sites]
 
     @property
+    def validation(self) -> list[tuple[int, float]]:
+        """The headline metric on validation patients after each round that has it."""
+        measured = [(r.round, (r.validation or {}).get(self.headline)) for r in self.rounds]
+        return [(number, value) for number, value in measured if value is not None]
+
+    @property
     def best_validation(self) -> float | None:
         """The headline metric on validation patients after the best round."""
-        return max(
-            (r.validation[self.headline] for r in self.rounds if self.headline in (r.validation or {})), default=None
-        )
+        return max((value for _, value in self.validation), default=None)
 
 
 class Measured(Part):
