@@ -27,7 +27,7 @@ def plan_of(*, network: str = "resnet", **tables: dict) -> Plan:
                 "kind": "classification", "labels": ["no lesion", "lesion"], "network": network, "channels": [4, 8]
             },
             "data": {
-                "modality": "MR", "dimensions": 2, "spacing_mm": [8.0, 8.0], "patch": [28, 24],
+                "modality": "MR", "dimensions": 2, "spacing_mm": [4.0, 4.0], "patch": [56, 48],
                 "split": {"train": 0.5, "validation": 0.1, "test": 0.4},
             },
             "simulation": {"patients": 12, "slices": 1, "prevalence": [0.7, 0.4]},

@@ -331,13 +331,14 @@ class TestRefusals:
         assert all(name in str(refusal.value) for name in SCANNERS)
 
 
-class TestPrevalence:
-    @pytest.fixture(scope="class")
-    def sites(self, tmp_path_factory):
-        """Two hospitals of which one has no lesions."""
-        plan = small_plan(simulation={"patients": 6, "slices": 2, "prevalence": [0.5, 0.0]})
-        return emulate(plan, n_sites=2, folder=tmp_path_factory.mktemp("prevalence"), seed=100)
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    """Two hospitals of which one has no lesions."""
+    plan = small_plan(simulation={"patients": 6, "slices": 2, "prevalence": [0.5, 0.0]})
+    return emulate(plan, n_sites=2, folder=tmp_path_factory.mktemp("prevalence"), seed=100)
 
+
+class TestPrevalence:
     def test_table_says_who_has_a_lesion(self, sites):
         """
         In the plan's words; the outline of those who have none is empty, and it is the same one otherwise.
