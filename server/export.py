@@ -36,6 +36,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Release
 from shared_models.tasks import OF_WHOLE_STUDIES
+from shared_models.tasks.classification import SHARPNESS
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
 TOLERANCE = 1e-4
@@ -271,7 +272,8 @@ def _onnx_metadata(release: Release, plan: Plan) -> dict[str, str]:
 def _output_in_words(plan: Plan) -> str:
     if plan.task.kind not in OF_WHOLE_STUDIES:
         return "logits; the label of a voxel is the index of the largest"
-    return "class maps; the mean of a map over space is its label's logit, and the map shows where the evidence lies"
+    pooling = f"log(mean(exp({SHARPNESS:g} * map))) / {SHARPNESS:g} over space"
+    return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies"
 
 
 def _input_in_words(plan: Plan) -> str:

@@ -1,8 +1,9 @@
 """Classification: one label for a study.
 
 Cross-entropy on whole images, brought to the training patch's size by a window around their centre. Networks give a map for
-each label, whose mean over space is that label's logit (Baumgartner et al. 2017, arXiv:1612.05601): the map is the
-heatmap, and nothing has to be trained for it. In 2-D plans the network sees slices.
+each label (Baumgartner et al. 2017, arXiv:1612.05601), which is pooled over space to that label's logit by the logarithm
+of the mean of exponentials, between mean and maximum (Pinheiro and Collobert 2015, arXiv:1411.6228): a small finding
+counts, and the map is the heatmap. In 2-D plans the network sees slices.
 
 A patient's probabilities are the mean over slices and studies, and patients are what is measured. Areas under curves are
 no means over patients: they are computed from all of a site's patients, and several sites' are averaged. Under
@@ -32,6 +33,9 @@ SLICES_AT_ONCE = 16
 
 LARGEST_SHIFT = 1 / 16
 """How far a training window may lie off the centre of the image, as a share of its side."""
+
+SHARPNESS = 5.0
+"""Of the pooling over space: 0 would be the mean, infinity the maximum. That of the paper."""
 
 LEAST_PROBABILITY = 0.01
 """Smaller probabilities of the true label count as this in the log-likelihood, so that it has a bound."""
@@ -86,7 +90,7 @@ class Classification(Task):
         return Sample(np.ascontiguousarray(image, np.float32), np.asarray(volume.category, np.int64))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy of the mean over space, times the plan's weight of the true label; the mean over samples.
+        """Cross-entropy of the pooled maps, times the plan's weight of the true label; the mean over samples.
 
         Parameters
         ----------
@@ -96,7 +100,7 @@ class Classification(Task):
             Label indices, int64 ``(batch,)``.
         """
         weights = self._weights.to(output)
-        each = F.cross_entropy(output.flatten(2).mean(2), target, weight=weights, reduction="none")
+        each = F.cross_entropy(pooled(output), target, weight=weights, reduction="none")
         return each.mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
@@ -111,11 +115,10 @@ class Classification(Task):
         return np.asarray(maps.float().cpu().numpy(), np.float32)
 
     def probabilities(self, prediction: NDArray[np.generic]) -> Array:
-        """Of each label, ``(label,)``: the softmax of the maps' means, in 2-D averaged over slices."""
-        maps = np.asarray(prediction, np.float64)
-        logits = maps.mean(axis=(2, 3)) if self.plan.data.dimensions == 2 else maps.mean(axis=(1, 2, 3))[:, None]
-        powers = np.exp(logits - logits.max(axis=0))
-        mean: Array = (powers / powers.sum(axis=0)).mean(axis=1)
+        """Of each label, ``(label,)``: the softmax of the pooled maps, in 2-D averaged over slices."""
+        maps = torch.from_numpy(np.asarray(prediction, np.float64))
+        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 else maps[None]
+        mean: Array = torch.softmax(pooled(batch), dim=1).mean(0).numpy()
         return mean
 
     def heat(self, prediction: NDArray[np.generic], volume: Volume, label: int) -> NDArray[np.float32]:
@@ -227,6 +230,12 @@ class Classification(Task):
         """The window's sides (z, y, x): all slices in 2-D."""
         patch = self.plan.data.patch
         return (volume.image.shape[1], *patch) if len(patch) == 2 else (patch[0], patch[1], patch[2])
+
+
+def pooled(maps: Tensor) -> Tensor:
+    """Class maps ``(batch, label, [z,] y, x)`` to logits ``(batch, label)``: log of the mean of exponentials, sharpened."""
+    flat = maps.flatten(2)
+    return (torch.logsumexp(SHARPNESS * flat, dim=2) - math.log(flat.shape[2])) / SHARPNESS
 
 
 def area_under_curve(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:
