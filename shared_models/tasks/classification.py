@@ -34,8 +34,8 @@ SLICES_AT_ONCE = 16
 LARGEST_SHIFT = 1 / 16
 """How far a training window may lie off the centre of the image, as a share of its side."""
 
-SHARPNESS = 5.0
-"""Of the pooling over space: 0 would be the mean, infinity the maximum. That of the paper."""
+SHARPNESS = 1.0
+"""Of the pooling over space: 0 would be the mean, infinity the maximum."""
 
 LEAST_PROBABILITY = 0.01
 """Smaller probabilities of the true label count as this in the log-likelihood, so that it has a bound."""
