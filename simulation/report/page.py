@@ -121,7 +121,7 @@ def _loss(run: Run) -> Markup | None:
 def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     """The figures of the table of sites by column and site: test metrics, then how far the alternatives are."""
     if run.test:
-        for metric in run.metrics:
+        for metric in (metric for metric in run.metrics if metric in run.test.mean):
             values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
             yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean.get(metric)})
     if run.comparison:

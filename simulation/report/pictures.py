@@ -43,6 +43,7 @@ class Picture:
     value: str
     caption: str
     has_heat: bool
+    has_outline: bool
     source: str
     """The image as a data URI."""
 
@@ -89,6 +90,7 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
         value=figure(about[shown]),
         caption=about.get("caption", ""),
         has_heat=heat is not None,
+        has_outline=bool(outlined.any()),
         source=_data_uri(reduced, is_photograph=image.ndim == 3 and heat is None),
         width=width,
         height=height,
