@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -231,7 +231,7 @@ def one_image(volume: Volume, z: int | None) -> Volume:
         return volume
     inside = volume.foreground[volume.foreground[:, 0] == z] * np.array([0, 1, 1], np.int32)
     label = None if volume.label is None else volume.label[z : z + 1]
-    return Volume(volume.image[:, z : z + 1], label, inside, volume.spacing_mm)
+    return replace(volume, image=volume.image[:, z : z + 1], label=label, foreground=inside)
 
 
 def _gradient(network: nn.Module, task: Task, batch: Batch) -> Tensor:

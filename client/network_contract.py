@@ -77,7 +77,7 @@ def check_network(network: nn.Module, task: Task) -> None:
 
 
 def example_batch(task: Task, device: torch.device) -> Batch:
-    """One sample of each of a few emulated patients: noise with a brighter box of every label."""
+    """One sample of each of a few emulated patients: noise with a brighter box of every label, and a label as a whole."""
     samples = [task.draw(_volume(task.plan, i), np.random.default_rng(i)) for i in range(N_PATIENTS)]
     image = torch.from_numpy(np.stack([s.image for s in samples])).to(device)
     return image, torch.from_numpy(np.stack([s.target for s in samples])).to(device)
@@ -92,7 +92,9 @@ def _volume(plan: Plan, seed: int) -> Volume:
         corner = [int(rng.integers(0, max(side - 3, 1))) for side in sides]
         label[tuple(slice(c, c + 3) for c in corner)] = k
     image = rng.normal(size=(len(plan.data.channels), *sides)).astype(np.float32) + label
-    return Volume(image.astype(np.float32), label, np.argwhere(label > 0).astype(np.int32), (1.0, 1.0, 1.0))
+    foreground = np.argwhere(label > 0).astype(np.int32)
+    category = seed % len(plan.task.labels)
+    return Volume(image.astype(np.float32), label, foreground, (1.0, 1.0, 1.0), category)
 
 
 def _only(batch: Batch, i: int) -> Batch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,7 +25,7 @@ from client.network_contract import check_network
 from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
 from shared_models.plan import Plan, PrivacyTable
 from shared_models.seeds import derive, generator
-from shared_models.task import Sample, Task, task_for
+from shared_models.task import Sample, Task, mean_metrics, task_for
 from shared_models.volume import Volume
 from shared_models.weights import Weights, load_weights, weights_of
 
@@ -205,7 +205,7 @@ class Trainer:
         return {name: after[name] - weights[name] for name in after}
 
     def measure(self, weights: Weights, cohort: PatientSource, split: Split) -> dict[str, dict[str, float]]:
-        """Each metric for each patient of a split: patient key to metrics, averaged over the patient's studies."""
+        """What the task measures of each patient of a split: patient key to numbers, means over the patient's studies."""
         since = time.process_time()
         load_weights(self.network, weights)
         self.network.eval()
@@ -426,8 +426,3 @@ def choose_device(wanted: str) -> str:
     if wanted != "auto":
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over ``rows``, which all have the same; empty for no rows."""
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}

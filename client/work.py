@@ -17,7 +17,7 @@ from client.gate import Release
 from client.ledger import Reservation
 from client.policy import Cost
 from client.privacy import Mechanism, PatientSum, patient_seed
-from client.training import OnSteps, Patient, PatientSource, Split, Trainer, mean_metrics
+from client.training import OnSteps, Patient, PatientSource, Split, Trainer
 from shared_models.messages import Ask
 from shared_models.noised import NoisedMeans
 from shared_models.volume import Volume
@@ -31,7 +31,7 @@ def exact_releases(
 ) -> list[Release]:
     """Everything a question asks for, as it is: for plans without ``[privacy]``."""
     measured = trainer.measure(ask.weights, cohort, "test" if ask.question.kind == "test" else "validation")
-    metrics = mean_metrics(list(measured.values()))
+    metrics = trainer.task.summary(list(measured.values()))
     counts = {"measured": len(measured)}
     if ask.question.kind != "train":
         return [Release("metric", metrics), Release("count", counts)]
@@ -100,12 +100,13 @@ def noised_metrics(
     for patient in cohort.patients(split):
         try:
             measured = trainer.measure(weights, _Only(cohort, patient), split)[patient.key]
+            vector = torch.from_numpy(means.vector(trainer.task.summary([measured])))
         except Exception as error:
             log.warning(
                 "a patient of the %s split cannot be measured and counts as none (%s)", split, type(error).__name__
             )
             continue
-        total.add(torch.from_numpy(means.vector(measured)), patient_seed(secret, patient.key, "metrics"))
+        total.add(vector, patient_seed(secret, patient.key, "metrics"))
     return means.means(total.noised(trainer.randomness).numpy())
 
 

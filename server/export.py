@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Release
+from shared_models.tasks import OF_WHOLE_STUDIES
+from shared_models.tasks.classification import SHARPNESS
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
 TOLERANCE = 1e-4
@@ -263,14 +265,21 @@ def _onnx_metadata(release: Release, plan: Plan) -> dict[str, str]:
         "federad.plan": plan.canonical_json(),
         "federad.labels": json.dumps(plan.task.labels),
         "federad.input": _input_in_words(plan),
-        "federad.output": "logits; the label of a voxel is the index of the largest",
+        "federad.output": _output_in_words(plan),
     }
+
+
+def _output_in_words(plan: Plan) -> str:
+    if plan.task.kind not in OF_WHOLE_STUDIES:
+        return "logits; the label of a voxel is the index of the largest"
+    pooling = f"log(mean(exp({SHARPNESS:g} * map))) / {SHARPNESS:g} over space"
+    return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies"
 
 
 def _input_in_words(plan: Plan) -> str:
     data, axes = plan.data, "(batch, channel, y, x)" if plan.data.dimensions == 2 else "(batch, channel, z, y, x)"
     grid = f" resampled to {' x '.join(f'{mm:g}' for mm in data.spacing_mm)} mm" if data.spacing_mm else ""
-    turned = "" if data.modality == "OP" else ", x growing to the patient's left, y to the back, z to the head"
+    turned = "" if data.modality != "MR" else ", x growing to the patient's left, y to the back, z to the head"
     return (
         f"{data.modality} {axes}{turned}{grid}; channels {', '.join(data.channels)}; each normalised to mean 0 and "
         f"standard deviation 1 over its values that are not 0, and 0 stays 0; sides are multiples of {_stride(plan)}"

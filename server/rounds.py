@@ -522,7 +522,7 @@ class Rounds:
         self._note_best(record)
 
     def _note_best(self, record: RoundRecord) -> None:
-        if record.validation is not None:
+        if record.validation is not None and self._headline in record.validation:
             self._best = max(self._best, (record.validation[self._headline], record.round))
 
     def _best_round(self) -> int:
@@ -578,15 +578,16 @@ def _without_update(answer: Answer) -> Answer:
 
 
 def _measured(answers: list[Answer]) -> Measured:
-    """Means over sites, weighted by patients measured, in the order of names so that arrival does not matter."""
+    """Means over the sites that have a metric, weighted by patients measured, in the order of names so that arrival does
+    not matter."""
     with_patients = sorted((a for a in answers if a.metrics and _n_measured(a)), key=lambda a: a.site)
     per_site = {
         a.site: {name: value for name, value in a.metrics.items() if name != "training_loss"} for a in with_patients
     }
     patients = {a.site: _n_measured(a) for a in with_patients}
-    names = list(per_site[with_patients[0].site]) if with_patients else []
-    mean = {name: float(_weighted_mean([(per_site[s][name], patients[s]) for s in per_site]) or 0.0) for name in names}
-    return Measured(mean or None, per_site, patients)
+    names = dict.fromkeys(name for metrics in per_site.values() for name in metrics)
+    mean = {name: _weighted_mean([(m[name], patients[s]) for s, m in per_site.items() if name in m]) for name in names}
+    return Measured({name: value for name, value in mean.items() if value is not None} or None, per_site, patients)
 
 
 def _n_measured(answer: Answer) -> int:

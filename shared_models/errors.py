@@ -42,6 +42,8 @@ TITLES: dict[str, str] = {
     "C161": "a bundle was refused",
     "C162": "the audit cannot be written or is not whole",
     "C163": "the command cannot be carried out",
+    "C176": "the table of labels cannot be used",
+    "C177": "only one of the plan's labels occurs at this site",
     "C179": "a backup cannot be used",
     "C164": "the ledger cannot be written",
     "C165": "the ledger is missing",

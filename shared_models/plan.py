@@ -18,15 +18,23 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic.fields import FieldInfo
 
 from shared_models.errors import FederadError
-from shared_models.networks import NETWORKS
+from shared_models.networks import NETWORKS, NETWORKS_FOR
 from shared_models.registry import one_of
-from shared_models.tasks import TASKS
+from shared_models.tasks import OF_WHOLE_STUDIES, TASKS
 
 NOT_YET = ("adaptation", "secure_sum")
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
 
 WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per_step"}
 """Keys of ``[training]`` that have no meaning under ``[privacy]``, and the key there that takes their place."""
+
+READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
+    ("task", "label_attribute"): ("classification",),
+    ("task", "residual_units"): ("unet", "resnet"),
+    ("training", "foreground"): ("segmentation",),
+    ("training", "class_weights"): ("classification",),
+}
+"""Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
 
 Dimensions = Literal[2, 3]
 
@@ -50,7 +58,9 @@ class TaskTable(_Table):
         description=f"the kind of task, one of: {', '.join(TASKS)}"
     )
     labels: tuple[str, ...] = Field(
-        min_length=2, max_length=256, description='names of the label values 0, 1, ...: the first is "background"'
+        min_length=2,
+        max_length=256,
+        description='names of the label values 0, 1, ...: in segmentation the first is "background"',
     )
     network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(
         description=f"the network, one of: {', '.join(NETWORKS)}"
@@ -62,6 +72,12 @@ class TaskTable(_Table):
         description="features at each depth, e.g. [16, 32, 64, 128]",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+    label_attribute: str | None = Field(
+        default=None,
+        pattern=r"^[A-Z][A-Za-z]{0,62}$",
+        description='keyword of the DICOM attribute that holds the label, such as "BodyPartExamined"; leave it out to '
+        "take labels from labels.csv or from folders",
+    )
 
 
 class SplitTable(_Table):
@@ -89,7 +105,9 @@ class SplitTable(_Table):
 class DataTable(_Table):
     """Which images take part and the grid they are brought to."""
 
-    modality: Literal["MR", "OP"] = Field(description='DICOM modality: "MR", or "OP" for eye photographs')
+    modality: Literal["MR", "OP", "DX"] = Field(
+        description='DICOM modality: "MR", "OP" for eye photographs, or "DX" for radiographs as picture files'
+    )
     dimensions: Dimensions = Field(description="2 (slices) or 3 (volumes)")
     patch: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
         min_length=2, max_length=3, description="training patch in pixels or voxels, as (y, x) or (z, y, x)"
@@ -119,6 +137,10 @@ class TrainingTable(_Table):
     )
     foreground: float = Field(
         default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1"
+    )
+    class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
+        default=None,
+        description="weight of each label in the loss, in the order of task.labels; leave it out for 1 each",
     )
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
@@ -165,7 +187,11 @@ class StrategyTable(_Table):
             raise _ContradictionError(
                 "strategy.average_decay",
                 f'release = "{self.release}" '
-                + ("without average_decay" if self.average_decay is None else f"with average_decay = {self.average_decay:g}"),
+                + (
+                    "without average_decay"
+                    if self.average_decay is None
+                    else f"with average_decay = {self.average_decay:g}"
+                ),
                 "The average of a run needs a decay, and nothing else uses one.",
                 'set both under [strategy], for example release = "averaged" and average_decay = 0.9, or neither',
             )
@@ -296,6 +322,18 @@ class SimulationTable(_Table):
     scanners: tuple[str, ...] = Field(
         default=(), description="names of emulated scanners, dealt to the sites in this order; empty takes all in turn"
     )
+    prevalence: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="share of patients with a lesion, dealt to the sites in this order; leave it out for all of them",
+    )
+    label_skew: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="how alike the sites are among which a data set is dealt: 0.1 for hardly, 100 for nearly; leave it out "
+        "for equal shares",
+    )
     drop_out: float = Field(default=0.0, ge=0, lt=1, description="probability that a site misses a round, 0 to below 1")
     delay_s: float = Field(default=0.0, ge=0, le=3600, description="longest emulated delay of an answer in seconds")
     late_joiners: int = Field(default=0, ge=0, le=10_000, description="how many of the last sites join late")
@@ -363,13 +401,57 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
-    def _background_first(self) -> Self:
-        if self.task.labels[0] != "background" or len(set(self.task.labels)) != len(self.task.labels):
+    def _labels_are_names(self) -> Self:
+        is_drawn = self.task.kind not in OF_WHOLE_STUDIES
+        names = {label.strip().lower() for label in self.task.labels}
+        if is_drawn and (self.task.labels[0] != "background" or len(set(self.task.labels)) != len(self.task.labels)):
             raise _ContradictionError(
                 "task.labels",
                 f"labels = {list(self.task.labels)}",
                 "Label 0 is everything that nobody drew, and every name stands for one value.",
                 'start the list with "background" and name each label once',
+            )
+        if not is_drawn and (len(names) != len(self.task.labels) or "" in names):
+            raise _ContradictionError(
+                "task.labels",
+                f"labels = {list(self.task.labels)}",
+                "Every name stands for one value, whatever its case.",
+                "name each label once",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _network_answers_task(self) -> Self:
+        if self.task.network not in NETWORKS_FOR[self.task.kind]:
+            raise _ContradictionError(
+                "task.network",
+                f'network = "{self.task.network}" with kind = "{self.task.kind}"',
+                "Its output is not what this kind of task asks for.",
+                f"choose from: {', '.join(NETWORKS_FOR[self.task.kind])}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_read(self) -> Self:
+        for table, key in self._unread():
+            if key in getattr(self, table).model_fields_set:
+                raise _ContradictionError(
+                    f"{table}.{key}",
+                    f'{key} with kind = "{self.task.kind}" and network = "{self.task.network}"',
+                    "A key that nothing reads would be ignored in silence.",
+                    f"remove {key} from [{table}]",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _weight_for_each_label(self) -> Self:
+        weights = self.training.class_weights
+        if weights is not None and len(weights) != len(self.task.labels):
+            raise _ContradictionError(
+                "training.class_weights",
+                f"class_weights = {list(weights)} has {len(weights)} numbers for {len(self.task.labels)} labels",
+                "Every label needs its own weight.",
+                f"give {len(self.task.labels)} numbers, in the order of task.labels",
             )
         return self
 
@@ -382,13 +464,20 @@ class Plan(_Table):
         """Every key that has a value, sorted, without spaces: what is hashed, stored and sent.
 
         An optional table that is left out leaves no trace, so a plan keeps its hash when a later version knows more of
-        them. Under ``[privacy]`` the keys that :data:`WITHOUT_PRIVACY_ONLY` names leave none either.
+        them. Nor do keys without a meaning: those that :data:`READ_BY` keeps for other tasks and networks, and under
+        ``[privacy]`` those that :data:`WITHOUT_PRIVACY_ONLY` names.
         """
         tables = self.model_dump(mode="json", exclude_none=True)
+        for table, key in self._unread():
+            tables[table].pop(key, None)
         if self.privacy is not None:
             for key in WITHOUT_PRIVACY_ONLY:
                 del tables["training"][key]
         return json.dumps(tables, sort_keys=True, separators=(",", ":"))
+
+    def _unread(self) -> list[tuple[str, str]]:
+        """Table and name of each key that means nothing for this task and network."""
+        return [key for key, readers in READ_BY.items() if not {self.task.kind, self.task.network} & set(readers)]
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -8,9 +8,8 @@ nothing else asks which task it is.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +48,12 @@ class Picture:
     pixel_mm: tuple[float, float]
     """Pixel size along (y, x) [mm]."""
 
+    heat: NDArray[np.float32] | None = None
+    """How much each pixel speaks for the prediction, between 0 and 1, ``(y, x)``; None where a task has no such map."""
+
+    caption: str = ""
+    """Reference and prediction in words, where outlines do not show them."""
+
 
 class Task(ABC):
     """What is learned, and how it is judged.
@@ -59,11 +64,12 @@ class Task(ABC):
         A validated plan of this kind of task.
     """
 
-    metrics: ClassVar[dict[str, bool]]
+    metrics: Mapping[str, bool]
     """Name of each metric, and whether larger is better. The first is the headline: it chooses the best model."""
 
-    ranges: ClassVar[dict[str, tuple[float, float]]]
-    """Public range of each metric, in the same order: what lies beyond counts as the end of it where noise is added."""
+    ranges: Mapping[str, tuple[float, float]]
+    """Metrics that are means over patients, and the public range of each: what lies beyond counts as the end of it where
+    noise is added. Under ``[privacy]`` no other metric leaves, since there one patient could move it without bound."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -72,6 +78,11 @@ class Task(ABC):
     def headline(self) -> str:
         """The metric by which the best model is chosen; larger is better."""
         return next(iter(self.metrics))
+
+    @property
+    def shown(self) -> str:
+        """The number of a patient, among those of :meth:`measure`, by which pictures are chosen; larger is better."""
+        return self.headline
 
     @abstractmethod
     def build_network(self) -> nn.Module:
@@ -91,11 +102,24 @@ class Task(ABC):
 
     @abstractmethod
     def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
-        """Each of :attr:`metrics` for one predicted volume; finite."""
+        """Numbers about one predicted volume, finite, always the same names; their means over a patient's studies
+        describe the patient."""
+
+    def summary(self, patients: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Each of :attr:`metrics` for a set of patients, from what :meth:`measure` says of each; empty for no patients.
+
+        Here they are means over patients. A metric that these patients leave undefined is left out.
+        """
+        return mean_metrics(patients)
 
     @abstractmethod
     def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
         """The plane of ``volume`` that shows best how good ``prediction`` is."""
+
+
+def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over ``rows``, which all have the same; empty for no rows."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
 
 
 def task_for(plan: Plan) -> Task:

@@ -30,3 +30,25 @@ class Volume:
 
     spacing_mm: tuple[float, float, float]
     """Distance between voxel centres along (z, y, x) [mm]; 1.0 where the source has none (photographs)."""
+
+    category: int | None = None
+    """Index into the plan's ``labels`` for the whole study; None where a plan labels voxels."""
+
+
+def crop(array: NDArray[np.generic], corner: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:
+    """The window of ``(channel, z, y, x)`` at ``corner``, zero where it reaches outside."""
+    shape = array.shape[1:]
+    inside = tuple(slice(max(c, 0), min(c + n, side)) for c, n, side in zip(corner, size, shape, strict=True))
+    window = np.asarray(array[(slice(None), *inside)])
+    padding = [(max(-c, 0), max(c + n - side, 0)) for c, n, side in zip(corner, size, shape, strict=True)]
+    return np.pad(window, [(0, 0), *padding]) if any(a or b for a, b in padding) else window
+
+
+def in_greys(plane: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A plane ``(channel, y, x)`` for the eye, between 0 and 1: colour ``(y, x, 3)`` of three channels, else the first's
+    grey ``(y, x)``."""
+    plane = np.asarray(plane, np.float32)
+    low, high = np.percentile(plane, [1, 99.5])
+    shown: NDArray[np.float32] = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
+    n_colours = 3
+    return shown.transpose(1, 2, 0) if shown.shape[0] == n_colours else shown[0]

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from client.data.cohort import Cohort, Patient
-from client.training import Split, Trainer, mean_metrics, resident_trainer
+from client.site import is_emulated
+from client.training import Split, Trainer, resident_trainer
 from shared_models.plan import Plan
 from shared_models.task import Picture
 from shared_models.volume import Volume
@@ -53,10 +57,10 @@ class Row:
     per_site: dict[str, dict[str, float]]
     """Test metrics on each site's test patients; sites without any are left out."""
 
-    def mean(self, metric: str) -> float:
-        """Mean over sites, each counting the same; there is at least one."""
-        values = [metrics[metric] for metrics in self.per_site.values()]
-        return sum(values) / len(values)
+    def mean(self, metric: str) -> float | None:
+        """Mean over the sites that have it, each counting the same; None if none has."""
+        values = [metrics[metric] for metrics in self.per_site.values() if metric in metrics]
+        return sum(values) / len(values) if values else None
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,11 @@ def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, 
         if (decay := plan.strategy.average_decay) is not None:
             average = averaged(average, weights, round_, decay)
         if chooses:
-            measured = mean_metrics(list(trainer.measure(weights, cohort, "validation").values()))
-            value = measured[trainer.task.headline]
+            measured = trainer.task.summary(list(trainer.measure(weights, cohort, "validation").values()))
+            value = measured.get(trainer.task.headline, float("-inf"))
         else:
             value = float(round_)
-        if value > best_value:
+        if value > best_value or best_value == float("-inf"):
             best, best_value = weights, value
     return best if average is None else average
 
@@ -95,7 +99,7 @@ def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Se
     for site in sites:
         measured = trainer.measure(weights, cohort_of(site, plan), "test")
         if measured:
-            per_site[site.name] = mean_metrics(list(measured.values()))
+            per_site[site.name] = trainer.task.summary(list(measured.values()))
     return per_site
 
 
@@ -138,7 +142,7 @@ def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[Te
     cohort = cohort_of(site, plan)
     measured = trainer.measure(weights, cohort, "test")
     studies = {patient.key: patient.studies[0] for patient in cohort.patients("test")}
-    ranked = sorted(measured, key=lambda key: (-measured[key][trainer.task.headline], key))
+    ranked = sorted(measured, key=lambda key: (-measured[key][trainer.task.shown], key))
     chosen = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})] if ranked else []
     shown = []
     for key in chosen:
@@ -151,3 +155,22 @@ def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[Te
 def encoded(weights: Weights) -> bytes:
     """Weights as bytes, to hand them to a worker."""
     return encode(weights, "")
+
+
+def measured_mean(plan: Plan, model: Path, sites: Sequence[SiteFolder]) -> dict[str, float]:
+    """Mean test metrics of a released model over the sites, each counting the same, exactly.
+
+    **For emulated patients only.** Where patients are real, the exact figure of a plan with ``[privacy]`` is a release that
+    nobody paid for; these protect nobody who exists, and without the truth a simulation could not tell what privacy costs.
+
+    Raises
+    ------
+    ValueError
+        If a simulation did not write one of these sites' images.
+    """
+    if not all(is_emulated(site.data) for site in sites):
+        raise ValueError("a private model is measured exactly on emulated patients only")
+    weights, _ = decode(model.read_bytes())
+    per_site = measure_everywhere(resident_trainer(plan, DEVICE), weights, plan, sites)
+    names = dict.fromkeys(name for metrics in per_site.values() for name in metrics)
+    return {name: float(np.mean([m[name] for m in per_site.values() if name in m])) for name in names}

@@ -44,7 +44,9 @@ def run(
     plan: PlanFile,
     out: Out,
     sites: Sites = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Real data: one folder of images for each site, or a MedMNIST file.")
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="in-process, ray or deployment.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,
@@ -106,6 +108,7 @@ def data(
 def experiment(
     name: Annotated[str | None, typer.Argument(help="Which one; leave it out to list them.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for everything it makes.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Real data, for an experiment that asks for it.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="One seed, smaller: an answer within ten minutes.")] = False,
     workers: Workers = None,
     as_json: AsJson = False,
@@ -129,9 +132,15 @@ def experiment(
     if out is None:
         raise impossible("--out is missing.", "An experiment keeps its partial results there.", "--out DIR")
     chosen = EXPERIMENTS[name]
-    with watching(chosen.plan(quick=quick), as_json) as watcher:
+    with watching(next(iter(chosen.arms(quick=quick).values())), as_json) as watcher:
         result = run_experiment(
-            chosen, out, quick=quick, workers=workers or usable_cpus(), watcher=watcher, command=command_line()
+            chosen,
+            out,
+            quick=quick,
+            workers=workers or usable_cpus(),
+            watcher=watcher,
+            command=command_line(),
+            data=data,
         )
     if as_json:
         print(json.dumps(result))
@@ -243,9 +252,8 @@ def show_experiment(result: dict[str, Any], out: Path) -> None:
     for column in ("claim", "value", "expected", "holds"):
         table.add_column(column)
     for claim in result["claims"]:
-        table.add_row(
-            claim["claim"], f"{claim['value']:.3f}", f"{claim['expected']:g}", "yes" if claim["holds"] else "no"
-        )
+        expected = f"{claim['bound']} {claim['expected']:g}"
+        table.add_row(claim["claim"], f"{claim['value']:.3f}", expected, "yes" if claim["holds"] else "no")
     console = Console()
     console.print(table)
     console.print(out / "report.html")

@@ -4,6 +4,7 @@ Every hospital has one scanner and its own patients. A study is one series of cl
 the outline of the lesions as a DICOM Segmentation that refers to them::
 
     site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
+    site-1/labels.csv                       who has a lesion, where the plan names a prevalence
 
 The files depend on the plan's [simulation] and [data] tables, the number of sites and the seed alone: the same bytes
 whatever the number of worker processes. Identifiers are fictional, dates are fixed.
@@ -11,6 +12,7 @@ whatever the number of worker processes. Identifiers are fictional, dates are fi
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -75,6 +77,11 @@ class _Assignment:
     grid: Grid
     label: str
     folder: Path
+    prevalence: float | None
+
+    @property
+    def has_lesions(self) -> bool:
+        return self.prevalence is None or self.patient.has_lesion(self.prevalence)
 
 
 def emulate(
@@ -85,8 +92,8 @@ def emulate(
     Parameters
     ----------
     plan
-        ``[simulation]`` says how many patients and slices and which scanners, ``[data]`` gives the grid, ``[task]`` the
-        name of the lesion label.
+        ``[simulation]`` says how many patients and slices, which scanners and how many have lesions, ``[data]`` gives the
+        grid, ``[task]`` the name of the lesion label and of the one before it, which patients without lesions have.
     n_sites
         Number of hospitals, 1 or more. The scanners are dealt to them in the plan's order, over and over.
     folder
@@ -116,19 +123,29 @@ def emulate(
         EmulatedHospital(f"site-{number}", scanner, folder / f"site-{number}")
         for number, scanner in enumerate(scanners, start=1)
     ]
-    manifest = _manifest(grid, label, scanners, plan.simulation.patients, seed)
+    prevalence = _dealt_prevalence(plan, n_sites)
+    manifest = _manifest(plan, n_sites, seed)
     if _is_complete(folder, manifest):
         return hospitals
     with _filled_afresh(folder, manifest):
         assignments = [
-            _Assignment(EmulatedPatient(seed, number, index), hospital.scanner, grid, label, hospital.folder)
-            for number, hospital in enumerate(hospitals, start=1)
+            _Assignment(EmulatedPatient(seed, number, index), hospital.scanner, grid, label, hospital.folder, share)
+            for number, (hospital, share) in enumerate(zip(hospitals, prevalence, strict=True), start=1)
             for index in range(1, plan.simulation.patients + 1)
         ]
         for done, _ in enumerate(_each(assignments, workers), start=1):
             if progress is not None:
                 progress(done, len(assignments))
+        for hospital in hospitals if prevalence[0] is not None else ():
+            of_hospital = [one for one in assignments if one.folder == hospital.folder]
+            _write_labels(hospital.folder / "labels.csv", of_hospital, plan.task.labels[:2])
     return hospitals
+
+
+def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
+    """SHA-256 over everything that the files of :func:`emulate` depend on: plans with the same share their hospitals."""
+    sha256: str = _manifest(plan, n_sites, seed)["sha256"]
+    return sha256
 
 
 # ---------------------------------------------------------------------------------------------- what the plan asks for
@@ -182,20 +199,28 @@ def _dealt_scanners(plan: Plan, n_sites: int) -> list[str]:
     return [names[i % len(names)] for i in range(n_sites)]
 
 
+def _dealt_prevalence(plan: Plan, n_sites: int) -> list[float | None]:
+    """The share of patients with lesions at each site; None for all of them, without a table."""
+    shares = plan.simulation.prevalence or (None,)
+    return [shares[i % len(shares)] for i in range(n_sites)]
+
+
 # --------------------------------------------------------------------------------------------------- one folder, once
 
 
-def _manifest(grid: Grid, label: str, scanners: Sequence[str], n_patients: int, seed: int) -> dict[str, Any]:
+def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
     """What the files depend on, and its hash."""
-    inputs = {
+    inputs: dict[str, Any] = {
         "format": FORMAT,
         "seed": seed,
-        "patients": n_patients,
-        "label": label,
-        "scanners": list(scanners),
+        "patients": plan.simulation.patients,
+        "label": _lesion_label(plan),
+        "scanners": _dealt_scanners(plan, n_sites),
         "scanners_sha256": scanners_sha256(),
-        "grid": asdict(grid),
+        "grid": asdict(_grid(plan)),
     }
+    if plan.simulation.prevalence is not None:
+        inputs |= {"prevalence": _dealt_prevalence(plan, n_sites), "without": plan.task.labels[0]}
     sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return {"emulated": True, "sha256": sha256, "inputs": inputs}
 
@@ -262,10 +287,18 @@ def _write_patient(assignment: _Assignment) -> None:
         _write_study(assignment, study)
 
 
+def _write_labels(path: Path, assignments: Sequence[_Assignment], names: Sequence[str]) -> None:
+    """Who has a lesion, in the words of the plan: first the name for those who have none."""
+    with path.open("w", newline="", encoding="utf-8") as lines:
+        rows = csv.writer(lines, lineterminator="\n")
+        rows.writerow(("patient", "label"))
+        rows.writerows((one.patient.patient_id, names[one.has_lesions]) for one in assignments)
+
+
 def _write_study(assignment: _Assignment, study: int) -> None:
     """One series and its segmentation into ``<patient>/study-<n>``."""
     patient, grid = assignment.patient, assignment.grid
-    anatomy = patient.anatomy(grid, study)
+    anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
     random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner)
     image = acquire(SCANNERS[assignment.scanner], anatomy.tissues, grid.spacing_mm, random)
     series = _series(assignment, study, image)
@@ -280,6 +313,7 @@ def _write_study(assignment: _Assignment, study: int) -> None:
 def _uid(assignment: _Assignment, *what: object) -> UID:
     """A UID that the same emulation gives again and no other one does."""
     parts = ("federad", FORMAT, assignment.patient, SCANNERS[assignment.scanner], assignment.grid, *what)
+    parts += () if assignment.has_lesions else ("without lesions",)
     return generate_uid(entropy_srcs=["\x1f".join(str(part) for part in parts)])
 
 

@@ -163,8 +163,13 @@ class EmulatedPatient:
         """How this head differs from the atlas."""
         return Warp.random(self._random("warp"))
 
-    def anatomy(self, grid: Grid, study: int) -> Anatomy:
-        """Tissues and lesions on ``grid`` at visit ``study`` (from 1).
+    def has_lesion(self, prevalence: float) -> bool:
+        """Whether this is one of the share ``prevalence`` of patients who have lesions; those of a smaller share are among
+        those of a larger."""
+        return self._random("prevalence").random() < prevalence
+
+    def anatomy(self, grid: Grid, study: int, *, with_lesions: bool = True) -> Anatomy:
+        """Tissues and lesions on ``grid`` at visit ``study`` (from 1), or the same head without lesions.
 
         Later studies show the same head with slightly changed lesions. A voxel holds the average over its slice
         thickness (partial volume).
@@ -173,7 +178,8 @@ class EmulatedPatient:
         n_subslices = max(1, round(grid.spacing_mm[0] / atlas.resolution_mm))
         fine = grid.with_subslices(n_subslices)
         healthy = atlas.at(self.warp.points_mm(fine))
-        occupied = _inside_white_matter(healthy[_WHITE], self._lesions(healthy[_WHITE], fine, study), fine)
+        lesions = self._lesions(healthy[_WHITE], fine, study) if with_lesions else ()
+        occupied = _inside_white_matter(healthy[_WHITE], lesions, fine)
         lesion = np.float32(self.conspicuity) * occupied
         tissues = np.concatenate([healthy * (1 - lesion), lesion[None]])
         mask = _average_slices(occupied[None], n_subslices)[0] >= 0.5

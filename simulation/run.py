@@ -3,7 +3,8 @@
 Everything lies in one folder::
 
     hospitals/       emulated hospitals' DICOM folders (unless real data is given)
-    stations/        one station for each site
+    sites/           sites to which a MedMNIST file was dealt
+    stations/        one station for each site (both elsewhere where runs share them)
     journal/         committed rounds and their weights
     pictures.npz     a few test patients for the report (never part of what sites send)
     model.safetensors  the released weights
@@ -34,6 +35,7 @@ from shared_models.weights import encode
 from simulation.baselines import Row, baselines, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
+from simulation.medmnist import deal
 from simulation.processes import one_thread, process_pool
 from simulation.scanners import scanners_sha256
 from simulation.stations import SiteFolder, cohort_of, forget_history, open_station, prepare_stations
@@ -62,14 +64,23 @@ class Request:
     """Number of sites; None takes four emulated ones, or all that lie in ``data``."""
 
     data: Path | None = None
-    """A folder with one folder of images for each site; None emulates hospitals."""
+    """A folder with one folder of images for each site, or a MedMNIST file that is dealt to sites; None emulates
+    hospitals."""
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
+    sites_folder: Path | None = None
+    """Where ``hospitals`` and ``stations`` lie, for runs one after the other on the same sites; None takes ``folder``."""
+
     compare: bool = True
     """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
     command: str = ""
+
+    @property
+    def shared(self) -> Path:
+        """The folder of ``hospitals`` and ``stations``."""
+        return (self.sites_folder or self.folder).resolve()
 
     def __post_init__(self) -> None:
         if self.n_sites is not None and self.n_sites < 1:
@@ -145,7 +156,12 @@ def use_folder(folder: Path) -> Path:
 def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     """The sites of a request: emulated hospitals (made if need be), or the folders in ``data``."""
     require_minimum(request)
-    stations = request.folder.resolve() / "stations"
+    stations = request.shared / "stations"
+    if request.data is not None and request.data.is_file():
+        folder, n_sites = request.shared / "sites", request.n_sites or DEFAULT_SITES
+        watcher.stage("dealing images")
+        dealt = deal(request.data, request.plan, n_sites=n_sites, folder=folder, seed=request.seed)
+        return [SiteFolder(path.name, path, stations / path.name) for path in dealt]
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
@@ -179,7 +195,7 @@ def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
     return emulate(
         request.plan,
         n_sites=n_sites,
-        folder=request.folder.resolve() / "hospitals",
+        folder=request.shared / "hospitals",
         seed=request.seed,
         workers=request.execution.workers,
         progress=watcher.step,
@@ -213,7 +229,8 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
         "plan_sha256": plan.sha256,
         "task": plan.task.kind,
         "headline": task.headline,
-        "metrics": task.metrics,
+        "metrics": dict(task.metrics),
+        "labels": list(plan.task.labels),
         "engine": request.execution.engine,
         "workers": request.execution.workers,
         "seed": request.seed,
@@ -282,7 +299,7 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         "rows": [
             {
                 "method": row.method,
-                "per_site": {site: metrics[metric] for site, metrics in row.per_site.items()},
+                "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
                 "metrics": row.per_site,
                 "mean": row.mean(metric),
             }
@@ -300,8 +317,8 @@ def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | Non
     for row in rows:
         kind, _, home = row.method.partition(":")
         if kind == "local":
-            own += [m[metric] for site, m in row.per_site.items() if site == home]
-            elsewhere += [m[metric] for site, m in row.per_site.items() if site != home]
+            own += [m[metric] for site, m in row.per_site.items() if site == home and metric in m]
+            elsewhere += [m[metric] for site, m in row.per_site.items() if site != home and metric in m]
     return (float(np.mean(own)) if own else None), (float(np.mean(elsewhere)) if elsewhere else None)
 
 
@@ -316,7 +333,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
     else:
         with process_pool(min(request.execution.workers, len(sites))) as pool:
             shown = list(pool.map(show_patients, [plan] * len(sites), sites, [weights] * len(sites)))
-    metric = task_for(plan).headline
+    shows = task_for(plan).shown
     for site, patients in zip(sites, shown, strict=True):
         scanner = ", ".join(cohort_of(site, plan).scanners)
         for (patient, picture), which in zip(patients, ("best", "median", "worst"), strict=False):
@@ -326,13 +343,17 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
                 f"{k}/truth": picture.truth.astype(np.uint8),
                 f"{k}/prediction": picture.prediction.astype(np.uint8),
             }
+            if picture.heat is not None:
+                arrays[f"{k}/heat"] = picture.heat.astype(np.float32)
             meta.append(
                 json.dumps(
                     {
                         "site": site.name,
                         "scanner": scanner,
                         "which": which,
-                        metric: patient.metrics[metric],
+                        "shown": shows,
+                        shows: patient.metrics[shows],
+                        "caption": picture.caption,
                         "pixel_mm": list(picture.pixel_mm),
                     }
                 )

@@ -1,4 +1,4 @@
-"""Contracts: what the server may assume of any network in ``NETWORKS`` and any task in ``TASKS``.
+"""Contracts: what the server may assume of any network in ``NETWORKS_FOR`` and any task in ``TASKS``.
 
 Each is found by behaviour, so that a forgotten BatchNorm is caught whatever the layer is called. A new task adds its
 table to :data:`TASK_TABLES`; a new network needs nothing here.
@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared_models.networks import NETWORKS
+from shared_models.networks import NETWORKS_FOR
 from shared_models.plan import Plan
 from shared_models.task import Task, task_for
-from shared_models.tasks import TASKS
+from shared_models.tasks import OF_WHOLE_STUDIES, TASKS
 from shared_models.volume import Volume
 from shared_models.weights import initial_weights, load_weights, weights_of
 
-TASK_TABLES: dict[str, dict[str, Any]] = {"segmentation": {"labels": ["background", "lesion", "edema"]}}
+TASK_TABLES: dict[str, dict[str, Any]] = {
+    "segmentation": {"labels": ["background", "lesion", "edema"]},
+    "classification": {"labels": ["healthy", "lesion", "edema"]},
+}
 """For each task, the keys of ``[task]`` that have no default."""
 
 Batch = tuple[Tensor, Tensor]
@@ -30,15 +33,15 @@ Batch = tuple[Tensor, Tensor]
 
 def every_case() -> list[tuple[str, str, int]]:
     """(task, network, dimensions) for everything that a plan can name."""
-    return [(task, network, n) for task in TASKS for network in NETWORKS for n in (2, 3)]
+    return [(task, network, n) for task in TASKS for network in NETWORKS_FOR[task] for n in (2, 3)]
 
 
 def example_plan(
-    kind: str = "segmentation", network: str = "unet", dimensions: int = 2, **tables: dict[str, Any]
+    kind: str = "segmentation", network: str | None = None, dimensions: int = 2, **tables: dict[str, Any]
 ) -> Plan:
     """The smallest plan of a kind; ``tables`` change or add keys."""
     base: dict[str, dict[str, Any]] = {
-        "task": {"kind": kind, "network": network, "channels": [4, 8], **TASK_TABLES[kind]},
+        "task": {"kind": kind, "network": network or NETWORKS_FOR[kind][0], "channels": [4, 8], **TASK_TABLES[kind]},
         "data": {"modality": "MR", "dimensions": dimensions, "patch": [8] * dimensions},
     }
     merged = {name: {**base.get(name, {}), **tables.get(name, {})} for name in base.keys() | tables.keys()}
@@ -46,7 +49,8 @@ def example_plan(
 
 
 def example_volume(plan: Plan, seed: int = 0, sides: tuple[int, int, int] | None = None) -> Volume:
-    """A patient of noise with a bright box of each label; the patch's size unless ``sides`` are given."""
+    """A patient of noise with a bright box of each label, and one label as a whole; the patch's size unless ``sides`` are
+    given."""
     rng = np.random.default_rng(seed)
     sides = sides or (1, 1, 1)[: 3 - plan.data.dimensions] + plan.data.patch
     image = rng.normal(size=(len(plan.data.channels), *sides)).astype(np.float32)
@@ -55,7 +59,8 @@ def example_volume(plan: Plan, seed: int = 0, sides: tuple[int, int, int] | None
         z, y, x = (int(rng.integers(0, max(side - 3, 1))) for side in sides)
         label[z : z + 3, y : y + 3, x : x + 3] = k
     image += 3 * label
-    return Volume(image, label, np.argwhere(label > 0).astype(np.int32), (3.0, 1.0, 1.5))
+    foreground = np.argwhere(label > 0).astype(np.int32)
+    return Volume(image, label, foreground, (3.0, 1.0, 1.5), seed % len(plan.task.labels))
 
 
 def example_batch(task: Task, n_patients: int = 4) -> Batch:
@@ -135,6 +140,17 @@ def assert_output_keeps_the_grid(network: nn.Module, image: Tensor) -> None:
     assert output.shape[2:] == image.shape[2:]
 
 
+def assert_output_fits_the_task(task: Task, network: nn.Module, image: Tensor) -> None:
+    """A value of each label for every voxel, or for every place of a coarser map where studies are labelled as a whole."""
+    if task.plan.task.kind not in OF_WHOLE_STUDIES:
+        assert_output_keeps_the_grid(network, image)
+    with torch.inference_mode():
+        output = network.eval()(image)
+
+    assert output.shape[:2] == (image.shape[0], len(task.plan.task.labels))
+    assert output.ndim == image.ndim
+
+
 def assert_seed_decides_the_weights(build: Callable[[], nn.Module]) -> None:
     """The same seed gives the same weights whatever was drawn before, and another seed gives others."""
     torch.manual_seed(1)
@@ -157,16 +173,38 @@ def assert_loss_is_mean_of_samples(task: Task, output: Tensor, target: Tensor) -
 
 
 def assert_measures_what_it_names(task: Task) -> None:
-    """A whole volume, larger than the patch on every axis, is predicted and gets each of the task's metrics, finite."""
-    volume = example_volume(task.plan, sides=(5, 11, 13))
+    """Whole volumes, larger than the patch on every axis, are predicted and get each of the task's metrics, finite, and one
+    patient alone each of those that may leave with noise."""
     network = task.build_network().eval()
-    with torch.inference_mode():
-        prediction = task.predict(network, volume, torch.device("cpu"))
-    measured = task.measure(prediction, volume)
+    patients = []
+    for seed in range(len(task.plan.task.labels)):
+        volume = example_volume(task.plan, seed, sides=(5, 11, 13))
+        with torch.inference_mode():
+            patients.append(task.measure(task.predict(network, volume, torch.device("cpu")), volume))
+    alone, together = task.summary(patients[:1]), task.summary(patients)
 
-    assert measured.keys() == task.metrics.keys()
-    assert all(isinstance(value, float) and np.isfinite(value) for value in measured.values())
+    assert all(patient.keys() == patients[0].keys() for patient in patients)
+    assert task.shown in patients[0]
+    assert task.metrics.keys() <= together.keys()
+    assert task.ranges.keys() <= alone.keys()
+    for values in (*patients, alone, together):
+        assert all(isinstance(value, float) and np.isfinite(value) for value in values.values())
     assert task.metrics[task.headline]
+    assert task.summary([]) == {}
+
+
+def assert_ranges_are_of_means(task: Task) -> None:
+    """What may leave with noise is a mean over patients: everybody alone and then averaged gives the same."""
+    network = task.build_network().eval()
+    patients = []
+    for seed in range(5):
+        volume = example_volume(task.plan, seed)
+        with torch.inference_mode():
+            patients.append(task.measure(task.predict(network, volume, torch.device("cpu")), volume))
+    together = task.summary(patients)
+    for name in task.ranges:
+        alone = [task.summary([patient])[name] for patient in patients]
+        np.testing.assert_allclose(together[name], np.mean(alone), rtol=1e-12, atol=1e-12)
 
 
 def task_of(case: tuple[str, str, int]) -> Task:

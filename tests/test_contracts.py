@@ -56,13 +56,13 @@ class TestEveryNetwork:
         """
         contracts.assert_parameters_are_all_there_is(task.build_network, task, contracts.example_batch(task))
 
-    def test_output_keeps_the_grid_of_the_input(self, task):
+    def test_output_is_what_the_task_asks_for(self, task):
         """
-        Every voxel that goes in gets an answer, for one patient or several.
+        Every voxel that goes in gets an answer, or every study a map for each label, for one patient or several.
         """
         image, _ = contracts.example_batch(task)
-        contracts.assert_output_keeps_the_grid(task.build_network(), image)
-        contracts.assert_output_keeps_the_grid(task.build_network(), image[:1])
+        contracts.assert_output_fits_the_task(task, task.build_network(), image)
+        contracts.assert_output_fits_the_task(task, task.build_network(), image[:1])
 
     def test_seed_alone_decides_the_first_weights(self, task):
         """
@@ -84,6 +84,12 @@ class TestEveryTask:
         A volume that is no multiple of the patch is predicted and measured by every metric that the task names.
         """
         contracts.assert_measures_what_it_names(task)
+
+    def test_what_is_noised_is_a_mean_over_patients(self, task):
+        """
+        No patient moves a noised metric by more than its range over the number of patients.
+        """
+        contracts.assert_ranges_are_of_means(task)
 
 
 class TestContractsFindWhatTheyLookFor:

@@ -46,6 +46,9 @@ CREATE TABLE files (
 CREATE TABLE skipped (file TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
 """
 
+TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"))
+"""Files of the data folder that are about images and are none."""
+
 _FIXED_WORD = "federad catalogue"
 """Its key tells whether two secrets are the same, without telling either."""
 
@@ -127,6 +130,11 @@ class Catalogue:
             remedies=("prepare the site again: the catalogue is built anew from the data folder",),
         )
 
+    @property
+    def source(self) -> Path:
+        """The folder that was looked at."""
+        return self._source
+
     def studies(self) -> list[Study]:
         """All studies with at least one image, sorted by (patient, key): never by file-system order."""
         return list(self._studies)
@@ -178,7 +186,7 @@ class _Survey:
         self._index = images.Index.of(source)
 
     def look_at(self, relative: PurePosixPath) -> None:
-        if relative == PurePosixPath("index.csv"):
+        if relative in TABLES:
             return
         key = _file_key(self._secret, relative)
         try:
@@ -271,7 +279,8 @@ def _no_image(source: Path, n_files: int, skipped: list[Skipped]) -> FederadErro
         because="A site without images cannot take part in a run.",
         remedies=(
             "check the path of the data folder, and that the account that runs the site may read it",
-            "DICOM files may lie anywhere below it; NIfTI as <subject>/<name>.nii.gz; photographs in images/ and masks/",
+            "DICOM files may lie anywhere below it; NIfTI as <subject>/<name>.nii.gz; photographs in images/ and masks/,"
+            " or in images/<label>/",
         ),
     )
 

@@ -4,7 +4,7 @@ Written once per way of looking at the data (:func:`cohort_key`), then only read
 
     folder/cohort.json                     who is in which split, what was left out and why; written last
     folder/volumes/<entry>/image.npy       float32 (channel, z, y, x)
-                          /label.npy       uint8 (z, y, x)
+                          /label.npy       uint8 (z, y, x), where somebody has drawn one
                           /foreground.npy  int32 (n, 3)
                           /entry.json      spacing [mm], sizes of the arrays
 
@@ -28,6 +28,7 @@ import numpy as np
 from client.data import dicom, images
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
+from client.data.labels import StudyLabels
 from client.data.preprocessing import one_thread, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
@@ -35,6 +36,7 @@ from client.data.skips import Reason, Skipped, UnusableError, counts
 from client.data.storage import replacing, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
+from shared_models.tasks import OF_WHOLE_STUDIES
 from shared_models.volume import Volume
 
 VERSION = 1
@@ -44,14 +46,17 @@ VERSION = 1
 def cohort_key(plan: Plan) -> str:
     """Hash over everything in a plan that decides what a cohort holds: 32 hexadecimal digits.
 
-    That is ``plan.data`` without the training patch, and ``plan.task.labels``. Plans that look at the data alike share a
+    That is ``plan.data`` without the training patch, ``plan.task.labels``, and whether they are labels of whole
+    studies. Plans that look at the data alike share a
     cohort folder.
     """
-    looks = {
+    looks: dict[str, Any] = {
         "version": VERSION,
         "data": plan.data.model_dump(mode="json", exclude={"patch"}),
         "labels": plan.task.labels,
     }
+    if _has_label_of_study(plan):
+        looks["label_of_study"] = plan.task.label_attribute or "table or folder"
     return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -74,6 +79,7 @@ class _Prepared:
     entry: str
     spacing_mm: tuple[float, float, float]
     scanner: str | None
+    category: int | None = None
 
 
 class Cohort:
@@ -112,9 +118,11 @@ class Cohort:
         Raises
         ------
         FederadError
-            C141 if no study can be used, C142 if the cache cannot be written, C143 if the secret is another one.
+            C141 if no study can be used, C142 if the cache cannot be written, C143 if the secret is another one; where
+            studies have labels as a whole, C176 if their table cannot be read and C177 if only one label occurs.
         """
-        builder = _Builder(folder, plan, secret, catalogue.locate(secret))
+        labels = StudyLabels(catalogue.source, plan.task, secret) if _has_label_of_study(plan) else None
+        builder = _Builder(folder, plan, secret, catalogue.locate(secret), labels)
         studies = catalogue.studies()
         published = _published(studies)
         with warnings.catch_warnings(), one_thread():
@@ -126,6 +134,8 @@ class Cohort:
                     on_progress(done, len(studies))
         if not builder.prepared:
             raise _nothing_usable(plan, builder.skipped)
+        if labels is not None and len({one.category for one in builder.prepared}) == 1:
+            raise _one_label(plan, len(builder.prepared))
         write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
         return cls(folder, tuple(builder.prepared), tuple(builder.skipped))
 
@@ -171,24 +181,29 @@ class Cohort:
         """
         one = self._prepared[study]
         entry = self._folder / "volumes" / one.entry
+        label = entry / "label.npy"
         return Volume(
             image=np.load(entry / "image.npy", mmap_mode="r", allow_pickle=False),
-            label=np.load(entry / "label.npy", mmap_mode="r", allow_pickle=False),
+            label=np.load(label, mmap_mode="r", allow_pickle=False) if label.is_file() else None,
             foreground=np.load(entry / "foreground.npy", allow_pickle=False),
             spacing_mm=one.spacing_mm,
+            category=one.category,
         )
 
 
 class _Builder:
     """Prepares one study after the other."""
 
-    def __init__(self, folder: Path, plan: Plan, secret: bytes, paths: Mapping[str, Path]) -> None:
+    def __init__(
+        self, folder: Path, plan: Plan, secret: bytes, paths: Mapping[str, Path], labels: StudyLabels | None
+    ) -> None:
         self.prepared: list[_Prepared] = []
         self.skipped: list[Skipped] = []
         self._folder = folder
         self._plan = plan
         self._secret = secret
         self._paths = paths
+        self._labels = labels
         self._cohort_key = cohort_key(plan)
 
     def add(self, study: Study, published: set[Split]) -> None:
@@ -196,24 +211,38 @@ class _Builder:
             if len(published) > 1:
                 raise UnusableError(Reason.SPLITS_DISAGREE)
             entry, spacing_mm = self._entry(study)
+            category = None if self._labels is None else self._labels.of(study, self._one_image(study))
         except UnusableError as error:
             self.skipped.append(Skipped(study.key, error.reason))
             return
         split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
-        self.prepared.append(_Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner))
+        self.prepared.append(_Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category))
+
+    def _one_image(self, study: Study) -> list[Path]:
+        return [self._path(file) for file in next(iter(study.images.values())).files]
 
     def _entry(self, study: Study) -> tuple[str, tuple[float, float, float]]:
         """Name and spacing of the study's cache entry, written now unless it is there."""
         channels, label = chosen_series(study, self._plan)
-        name = self._entry_name(study.key, [*channels, label])
+        name = self._entry_name(study.key, [*channels, label] if label is not None else channels)
         path = self._folder / "volumes" / name
         spacing_mm = _kept_spacing(path)
         if spacing_mm is None:
-            volume = prepare(self._read(channels, label), self._plan.data)
+            volume = self._volume(channels, label)
             with replacing(path) as partial:
                 _write_entry(partial, volume)
             spacing_mm = volume.spacing_mm
         return name, spacing_mm
+
+    def _volume(self, channels: list[Series], label: Series | None) -> Volume:
+        """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
+        if label is not None:
+            try:
+                return prepare(self._read(channels, label), self._plan.data)
+            except UnusableError:
+                if self._labels is None:
+                    raise
+        return prepare(self._read(channels, None), self._plan.data)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -231,25 +260,33 @@ class _Builder:
             raise UnusableError(Reason.FILE_GONE)
         return self._paths[file.key]
 
-    def _read(self, channels: list[Series], label: Series) -> Scan:
+    def _read(self, channels: list[Series], label: Series | None) -> Scan:
         paths = [[self._path(file) for file in one.files] for one in channels]
-        mask = [self._path(file) for file in label.files]
+        mask = [self._path(file) for file in label.files] if label is not None else []
         names = self._plan.task.labels
         if channels[0].kind is Kind.PICTURE:
             scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
+            if label is None:
+                return scan
             return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
         if channels[0].kind is Kind.NIFTI:
             scan = stacked([images.read_nifti(files[0]) for files in paths])
+            if label is None:
+                return scan
             return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
         is_3d = self._plan.data.dimensions == 3
         series = [dicom.read_series(files, even=is_3d) for files in paths]
         scan = stacked([one.scan for one in series])
+        if label is None:
+            return scan
         drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
         return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
 
 
-def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series]:
+def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None]:
     """The image series for each channel of a plan, in its order, and the label series.
+
+    Where a study has one label as a whole, nothing need be drawn on it; what is shows where heatmaps should point.
 
     ``channels = ["image"]`` takes the only image series there is; of several, the one called "image", else the one that
     the segmentation was drawn on. Any other name must be found: exactly, or within one DICOM series description.
@@ -268,13 +305,20 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series]:
         channels = [_channel(name.lower(), fitting) for name in plan.data.channels]
     if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
         raise UnusableError(Reason.NEEDS_VOLUME)
-    if study.label is None:
+    label = study.label
+    if label is None and not _has_label_of_study(plan):
         raise UnusableError(Reason.NO_LABEL)
-    if len(study.label.files) > 1 and study.label.kind is not Kind.PICTURE:
-        raise UnusableError(Reason.SEVERAL_LABELS)
+    if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
+        if not _has_label_of_study(plan):
+            raise UnusableError(Reason.SEVERAL_LABELS)
+        label = None
     if len({one.kind for one in channels}) > 1:
         raise UnusableError(Reason.CHANNELS_DIFFER)
-    return channels, study.label
+    return channels, label
+
+
+def _has_label_of_study(plan: Plan) -> bool:
+    return plan.task.kind in OF_WHOLE_STUDIES
 
 
 def _is_flat(series: Series) -> bool:
@@ -316,11 +360,10 @@ def _published(studies: list[Study]) -> dict[str, set[Split]]:
 
 
 def _write_entry(folder: Path, volume: Volume) -> None:
-    if volume.label is None:
-        raise ValueError("a prepared volume without a label cannot be cached")
     folder.mkdir()
     np.save(folder / "image.npy", volume.image, allow_pickle=False)
-    np.save(folder / "label.npy", volume.label, allow_pickle=False)
+    if volume.label is not None:
+        np.save(folder / "label.npy", volume.label, allow_pickle=False)
     np.save(folder / "foreground.npy", volume.foreground, allow_pickle=False)
     about = {"spacing_mm": volume.spacing_mm, "bytes": _array_bytes(folder)}
     (folder / "entry.json").write_text(json.dumps(about), encoding="utf-8")
@@ -348,6 +391,19 @@ def _as_json(plan: Plan, prepared: list[_Prepared], skipped: list[Skipped]) -> d
     }
 
 
+def _one_label(plan: Plan, n_studies: int) -> FederadError:
+    return FederadError(
+        "C177",
+        happened=f"All {n_studies} studies of this site that fit the plan have one and the same of its "
+        f"{len(plan.task.labels)} labels.",
+        because="A network that sees one label learns to say it whatever it is shown, and nothing can be measured here.",
+        remedies=(
+            f"the plan asks for labels {list(plan.task.labels)}: check that labels.csv has them for all patients",
+            "or refuse this plan",
+        ),
+    )
+
+
 def _nothing_usable(plan: Plan, skipped: list[Skipped]) -> FederadError:
     is_flat = plan.data.dimensions == 3 and all(s.reason is Reason.NEEDS_VOLUME for s in skipped)
     if is_flat:
@@ -359,7 +415,7 @@ def _nothing_usable(plan: Plan, skipped: list[Skipped]) -> FederadError:
         happened = f"None of this site's {len(skipped)} studies fits the plan ({counts(skipped)})."
         remedies = (
             f"the plan asks for channels {list(plan.data.channels)}, labels {list(plan.task.labels)} and "
-            f'modality "{plan.data.modality}": check that series and segments are named so',
+            f'modality "{plan.data.modality}": check that series, segments and labels are named so',
             "or refuse this plan",
         )
     return FederadError(

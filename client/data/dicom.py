@@ -121,6 +121,18 @@ def read_series(paths: Sequence[Path], *, even: bool) -> Stack:
     return Stack(Scan(image, affine), tuple(str(s.SOPInstanceUID) for s in slices), positions)
 
 
+def attribute(path: Path, keyword: str) -> str:
+    """The value of an attribute of the data set itself, as text; empty where it has none.
+
+    Raises
+    ------
+    UnusableError
+        If the file cannot be read.
+    """
+    with unusable(Reason.DAMAGED):
+        return str(pydicom.dcmread(path, stop_before_pixels=True, specific_tags=[keyword]).get(keyword) or "")
+
+
 def read_segmentation(path: Path, series: Stack, labels: Sequence[str]) -> NDArray[np.uint8]:
     """A DICOM segmentation laid on the slices of a series.
 

@@ -1,7 +1,8 @@
 """Read research folders: NIfTI volumes and photographs with their masks.
 
 A NIfTI folder is ``<subject>/{flair,t1c,label,...}.nii.gz``; a photograph folder has ``images/``, ``masks/`` and perhaps
-``fov/``, and an ``index.csv`` beside or above them that says which photographs are of one person. DICOM is in ``dicom``.
+``fov/``, or ``images/<label>/`` for labels of whole photographs, and an ``index.csv`` beside or above them that says which
+photographs are of one person. DICOM is in ``dicom``.
 """
 
 from __future__ import annotations
@@ -93,18 +94,21 @@ def inspect_picture(path: Path, relative: PurePosixPath, secret: bytes, index: I
     Raises
     ------
     UnusableError
-        If the header cannot be read, or it lies elsewhere than in ``images``, ``masks`` or ``fov``.
+        If the header cannot be read, or it lies elsewhere than in ``images``, a folder below it, ``masks`` or ``fov``.
     """
     from PIL import Image
 
-    if relative.parent.name not in ("images", "masks", "fov"):
+    is_sorted = relative.parent.parent.name == "images"
+    if relative.parent.name not in ("images", "masks", "fov") and not is_sorted:
         raise UnusableError(Reason.NOT_AN_IMAGE)
     with unusable(Reason.DAMAGED), Image.open(path) as picture:
         _check_size(*picture.size)
         is_grey = picture.mode in _GREY_MODES
     place = relative.parent.parent / relative.stem
+    if is_sorted:
+        place = relative.parents[2] / relative.parent.name / relative.stem
     subject = index.subjects.get(relative.stem)
-    is_image = relative.parent.name == "images"
+    is_image = is_sorted or relative.parent.name == "images"
     names = (("image",) if is_grey else COLOURS) if is_image else (relative.parent.name,)
     return tuple(
         Facts(

@@ -47,6 +47,9 @@ class Reason(StrEnum):
     LABEL_PLACE = "mask does not lie on its image"
     LABEL_NAMES = "no segment is named as in the plan"
     LABEL_VALUES = "mask value outside the plan's labels"
+    NOT_LABELLED = "study without a label"
+    LABELS_DISAGREE = "labels of one study disagree"
+    LABEL_UNKNOWN = "label outside the plan's set"
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,14 @@
 """Tasks by the name a plan uses. A task is one module here; nothing else in the house asks which task it is."""
 
-TASKS = {"segmentation": "shared_models.tasks.segmentation:Segmentation"}
+TASKS = {
+    "segmentation": "shared_models.tasks.segmentation:Segmentation",
+    "classification": "shared_models.tasks.classification:Classification",
+}
+
+OF_WHOLE_STUDIES = frozenset({"classification"})
+"""Tasks whose reference is one label for a study; that of the others is a label for every voxel."""
+
+
+def confused(truth: str, predicted: str) -> str:
+    """Name of the metric that says which share of patients has one label and got another, or the same."""
+    return f"{truth} as {predicted}"

@@ -8,8 +8,7 @@ of the volume.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
 from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task
-from shared_models.volume import Volume
+from shared_models.volume import Volume, crop, in_greys
 
 # MONAI 1.6 warns of its own use of an argument that it has deprecated; there is nothing a caller can do about it.
 warnings.filterwarnings("ignore", message="(?s).*always_return_as_numpy", category=FutureWarning)
@@ -38,8 +37,8 @@ OVERLAP = 0.25
 class Segmentation(Task):
     """One label for every voxel; see the module for methods and sources."""
 
-    metrics: ClassVar[dict[str, bool]] = {"dice": True, "hd95_mm": False}
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {"dice": (0.0, 1.0), "hd95_mm": (0.0, 100.0)}
+    metrics: Mapping[str, bool] = {"dice": True, "hd95_mm": False}
+    ranges: Mapping[str, tuple[float, float]] = {"dice": (0.0, 1.0), "hd95_mm": (0.0, 100.0)}
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
@@ -61,8 +60,8 @@ class Segmentation(Task):
             raise ValueError("a volume without a reference cannot be trained on")
         size = self._window_size()
         corner = self._corner(volume, size, rng)
-        image = _crop(volume.image, corner, size)
-        target = _crop(volume.label[None], corner, size)
+        image = crop(volume.image, corner, size)
+        target = crop(volume.label[None], corner, size)
         if self.plan.data.dimensions == 2:
             image, target = image[:, 0], target[:, 0]
         if self.plan.training.flips and rng.random() < 0.5:
@@ -121,12 +120,7 @@ class Segmentation(Task):
         label = volume.label if volume.label is not None else np.zeros(volume.image.shape[1:], np.uint8)
         areas = (label > 0).sum(axis=(1, 2))
         z = int(areas.argmax()) if areas.any() else label.shape[0] // 2
-        plane = np.asarray(volume.image[:, z], np.float32)
-        low, high = np.percentile(plane, [1, 99.5])
-        shown = np.clip((plane - low) / max(high - low, 1e-6), 0, 1)
-        n_colours = 3
-        image = shown.transpose(1, 2, 0) if shown.shape[0] == n_colours else shown[0]
-        return Picture(image, label[z], prediction[z].astype(np.uint8), volume.spacing_mm[1:])
+        return Picture(in_greys(volume.image[:, z]), label[z], prediction[z].astype(np.uint8), volume.spacing_mm[1:])
 
     def _window_size(self) -> tuple[int, int, int]:
         patch = self.plan.data.patch
@@ -175,12 +169,3 @@ def hausdorff_95_mm(
     return float(
         compute_hausdorff_distance(masks[0], masks[1], include_background=True, percentile=95, spacing=list(spacing))
     )
-
-
-def _crop(array: NDArray[np.generic], corner: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:
-    """The window of ``(channel, z, y, x)`` at ``corner``, zero where it reaches outside."""
-    shape = array.shape[1:]
-    inside = tuple(slice(max(c, 0), min(c + n, side)) for c, n, side in zip(corner, size, shape, strict=True))
-    window = np.asarray(array[(slice(None), *inside)])
-    padding = [(max(-c, 0), max(c + n - side, 0)) for c, n, side in zip(corner, size, shape, strict=True)]
-    return np.pad(window, [(0, 0), *padding]) if any(a or b for a, b in padding) else window

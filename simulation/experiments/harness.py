@@ -1,24 +1,32 @@
 """Named comparisons, each with claims that a reader can check by running it.
 
-An experiment runs a plan for several seeds into ``DIR/seed-0``, ``DIR/seed-1``, ...; a seed whose result is there for the
-same plan is not run again, so an interrupted experiment goes on where it was. Its ``result.json`` is kept as
-``docs/results/NAME.json``.
+An experiment compares arms: plans that are run for several seeds, into ``DIR/seed-0/ARM``, ``DIR/seed-1/ARM``, ... Arms
+whose plans describe the same hospitals share them within a seed, so that they are emulated once. An arm whose result is
+there for the same plan and seed is not run again, so an interrupted experiment goes on where it was. Its ``result.json``
+is kept as ``docs/results/NAME.json``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from shared_models.plan import Plan
+from simulation.baselines import measured_mean
+from simulation.consortium import emulation_sha256
 from simulation.engine import Execution
-from simulation.run import Request, Watcher, simulate, use_folder
+from simulation.run import Request, Watcher, find_sites, impossible, simulate, use_folder
+
+Results = Mapping[str, Sequence[dict[str, Any]]]
+"""For each arm its results, one for each seed, in the order of the seeds."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +37,25 @@ class Experiment:
     title: str
     seeds: tuple[int, ...]
     n_sites: int
-    plan: Callable[..., Plan]
-    """``plan(quick=...)`` gives the plan to run."""
+    arms: Callable[..., dict[str, Plan]]
+    """``arms(quick=...)`` gives the plans to run, in this order, each by its name; an only one is called ``""``."""
 
-    evaluate: Callable[[Sequence[dict[str, Any]]], dict[str, Any]]
-    """Rows and claims from the results of all seeds."""
+    evaluate: Callable[[Results], dict[str, Any]]
+    """Rows and claims from the results."""
+
+    data: str | None = None
+    """What is given with ``--data``, in words, for an experiment on real images; None emulates hospitals."""
+
+    measured_at: str | None = None
+    """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
+    each result. None where each run compares itself with a central and with local models."""
 
 
-def row(method: str, metric: str, split: str, values: Sequence[float]) -> dict[str, Any]:
-    """A line of an experiment's table: mean and standard deviation over seeds."""
+def row(method: str, metric: str, split: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
+    """A line of an experiment's table: mean, standard deviation and 95 % t-interval over seeds.
+
+    ``more`` may hold ``line`` and ``at``: the row is then a point of a drawing, on this line above this place.
+    """
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return {
         "method": method,
@@ -45,62 +63,128 @@ def row(method: str, metric: str, split: str, values: Sequence[float]) -> dict[s
         "split": split,
         "mean": float(np.mean(values)),
         "sd": spread,
+        "interval": t_interval(values),
         "values": list(values),
+        **more,
     }
 
 
-def claim(id_: str, text: str, values: Sequence[float], at_least: float) -> dict[str, Any]:
-    """A claim that the mean of ``values`` over seeds is at least ``at_least``."""
+def claim(
+    id_: str, text: str, values: Sequence[float], *, at_least: float | None = None, at_most: float | None = None
+) -> dict[str, Any]:
+    """A claim that the mean of ``values`` over seeds is at least, or at most, so much; give one of the two.
+
+    The interval is that of the values: give differences or ratios that were formed seed by seed.
+    """
+    bound, expected = ("at least", at_least) if at_least is not None else ("at most", at_most)
+    if expected is None:
+        raise ValueError(f"the claim {id_} expects nothing")
     value = float(np.mean(values))
     return {
         "claim": text,
         "value": value,
+        "interval": t_interval(values),
         "values": list(values),
-        "expected": at_least,
-        "holds": value >= at_least,
+        "expected": expected,
+        "bound": bound,
+        "holds": value >= expected if bound == "at least" else value <= expected,
         "id": id_,
     }
 
 
+def t_interval(values: Sequence[float]) -> list[float] | None:
+    """The 95 % t-interval of the mean; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
+
+
 def run_experiment(
-    experiment: Experiment, folder: Path, *, quick: bool, workers: int, watcher: Watcher, command: str
+    experiment: Experiment,
+    folder: Path,
+    *,
+    quick: bool,
+    workers: int,
+    watcher: Watcher,
+    command: str,
+    data: Path | None = None,
 ) -> dict[str, Any]:
-    """Run what is missing of an experiment and write its result and report."""
+    """Run what is missing of an experiment and write its result and report; ``data`` is what it asks for."""
     from simulation.report import write_experiment_report
+
+    if (experiment.data is None) != (data is None):
+        raise impossible(
+            f"The experiment {experiment.name} {'runs on real images' if data is None else 'emulates its hospitals'}.",
+            "It is about the data that it names, and about no other.",
+            f"--data {experiment.data}" if data is None else "leave out --data",
+        )
 
     began = time.monotonic()
     folder = use_folder(folder)
-    plan = experiment.plan(quick=quick)
+    arms = experiment.arms(quick=quick)
     seeds = experiment.seeds[:1] if quick else experiment.seeds
-    results = [_seed_result(experiment, plan, folder / f"seed-{seed}", seed, workers, watcher) for seed in seeds]
+    results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
+    for seed in seeds:
+        requests = {
+            arm: _request(experiment, plan, folder / f"seed-{seed}", arm, seed, workers, data)
+            for arm, plan in arms.items()
+        }
+        for arm, request in requests.items():
+            results[arm].append(_result(experiment, request, requests, watcher))
+    every = [result for of_arm in results.values() for result in of_arm]
     result = {
         "experiment": experiment.name,
         "title": experiment.title,
         "quick": quick,
         "seeds": list(seeds),
-        "plan_sha256": plan.sha256,
-        "scanners_sha256": results[0]["scanners_sha256"],
+        "plans": {arm: plan.sha256 for arm, plan in arms.items()},
+        "scanners_sha256": every[0]["scanners_sha256"],
         "command": command,
-        "seconds": round(sum(r["seconds"] for r in results), 1),
+        "seconds": round(sum(r["seconds"] for r in every), 1),
         "seconds_this_time": round(time.monotonic() - began, 1),
         **experiment.evaluate(results),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     write_experiment_report(folder)
     return result
 
 
-def _seed_result(
-    experiment: Experiment, plan: Plan, folder: Path, seed: int, workers: int, watcher: Watcher
+def _request(
+    experiment: Experiment, plan: Plan, folder: Path, arm: str, seed: int, workers: int, data: Path | None
+) -> Request:
+    hospitals = "data" if data else emulation_sha256(plan, n_sites=experiment.n_sites, seed=seed)[:12]
+    return Request(
+        plan,
+        folder / arm,
+        experiment.n_sites,
+        data,
+        seed=seed,
+        execution=Execution(workers=workers),
+        sites_folder=folder / f"sites-{hospitals}",
+        compare=experiment.measured_at is None,
+    )
+
+
+def _result(
+    experiment: Experiment, request: Request, requests: Mapping[str, Request], watcher: Watcher
 ) -> dict[str, Any]:
-    done = _finished(folder, plan)
-    request = Request(plan, folder, experiment.n_sites, seed=seed, execution=Execution(workers=workers))
-    return done or simulate(request, watcher)
+    result = _finished(request) or simulate(request, watcher)
+    if experiment.measured_at is not None and "measured" not in result:
+        began = time.monotonic()
+        watcher.stage("measuring")
+        sites = find_sites(requests[experiment.measured_at], watcher)
+        result["measured"] = measured_mean(request.plan, request.folder / "model.safetensors", sites)
+        result["seconds"] = round(result["seconds"] + time.monotonic() - began, 1)
+        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        (request.folder / "result.json").write_text(text, encoding="utf-8")
+    return result
 
 
-def _finished(folder: Path, plan: Plan) -> dict[str, Any] | None:
+def _finished(request: Request) -> dict[str, Any] | None:
     try:
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads((request.folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return result if result.get("status") == "finished" and result["plan_sha256"] == plan.sha256 else None
+    is_same = result.get("status") == "finished" and result["plan_sha256"] == request.plan.sha256
+    return result if is_same else None

@@ -34,17 +34,35 @@ def run_table(result: Result) -> str:
 def experiment_table(result: Result) -> str:
     """An experiment: its claims, and the figures they rest on."""
     seeds = len(result["seeds"])
-    figures = [[row["method"], row["split"], f"{three(row['mean'])} ± {three(row['sd'])}"] for row in result["rows"]]
+    metric = result["rows"][0]["metric"]
+    figures = [
+        [
+            row["method"] if row["metric"] == metric else f"{row['method']}, {row['metric']}",
+            row["split"],
+            f"{three(row['mean'])} ± {three(row['sd'])}",
+        ]
+        for row in result["rows"]
+    ]
     claims = [
-        [f"`{c['id']}`", c["claim"], three(c["value"]), f">= {c['expected']:g}", "yes" if c["holds"] else "**no**"]
+        [f"`{c['id']}`", c["claim"], _claimed(c), _expected(c), "yes" if c["holds"] else "**no**"]
         for c in result["claims"]
     ]
     return (
         f"`{result['command']}`: {seeds} seeds, mean ± standard deviation over seeds.\n\n"
-        + table(["model", "measured on", result["rows"][0]["metric"]], figures)
+        + table(["model", "measured on", metric], figures)
         + "\n\n"
         + table(["claim", "", "value", "expected", "holds"], claims)
     )
+
+
+def _claimed(claim: Result) -> str:
+    interval = claim.get("interval")
+    return three(claim["value"]) + (f" ({three(interval[0])} to {three(interval[1])})" if interval else "")
+
+
+def _expected(claim: Result) -> str:
+    sign = {"at least": ">=", "at most": "<="}[claim.get("bound", "at least")]
+    return f"{sign} {claim['expected']:g}"
 
 
 def bench_table(result: Result) -> str:
@@ -76,7 +94,10 @@ def three(value: float | None) -> str:
 
 TABLES: dict[str, Callable[[Result], str]] = {
     "demo": run_table,
+    "classification": experiment_table,
+    "classification-real": experiment_table,
     "federated-vs-central": experiment_table,
+    "privacy-utility": experiment_table,
     "retina-vessels": run_table,
     "bench": bench_table,
 }

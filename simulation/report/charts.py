@@ -44,12 +44,14 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Line:
-    """One curve over the rounds."""
+    """One curve over the rounds, or over places on an axis."""
 
     name: str
     points: Sequence[tuple[int, float]]
     colour: str
     is_bold: bool = False
+    intervals: Sequence[tuple[float, float]] = ()
+    """Around each point, where there are any; drawn by :func:`levels`."""
 
 
 Mark = tuple[float, str, str, float]
@@ -90,6 +92,29 @@ def curves(description: str, lines: Sequence[Line], *, ring: tuple[int, float] |
         _name_ends(axes, lines if len(lines) <= N_COLOURS + 1 else [line for line in lines if line.is_bold])
 
     return _svg(description, 2.9, draw) if lines else None
+
+
+def levels(description: str, lines: Sequence[Line], places: Sequence[str], axis: str) -> Markup:
+    """Lines over named places, with the interval of each point as a stroke; their names stand at the end.
+
+    A line's points say which place they are at, counted from 0; lines are drawn a little beside each other.
+    """
+
+    def draw(axes: Any) -> None:
+        for k, line in enumerate(lines):
+            aside = 0.05 * (k - (len(lines) - 1) / 2)
+            x, y = [i + aside for i, _ in line.points], [value for _, value in line.points]
+            axes.plot(x, y, "o-", color=line.colour, linewidth=1.8, markersize=5.5, markeredgecolor=SURFACE, zorder=4)
+            for at, ends in zip(x, line.intervals, strict=False):
+                axes.plot([at, at], ends, color=line.colour, linewidth=1.2, zorder=3)
+        axes.set_xticks(range(len(places)), places)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.margins(x=0.06, y=0.06)
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel(axis, labelpad=1)
+        _name_ends(axes, lines)
+
+    return _svg(description, 3.1, draw)
 
 
 def rows(description: str, shown: Sequence[Row]) -> Markup:

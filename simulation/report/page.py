@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from shared_models.errors import FederadError
+from shared_models.tasks import confused
 from simulation.report import words
-from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, rows, site_colour
+from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import pictures
 from simulation.report.results import Comparison, Experiment, Measured, Run, read
@@ -53,6 +54,7 @@ def write_report(folder: Path) -> Path:
         colours=[COLOURS[site_colour(i)] for i in range(len(run.sites))],
         columns=dict(_columns(run)),
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
+        confusion=_confusion(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
         by_round=_by_round(run),
         galleries=pictures(folder, run.headline) if run.status == "finished" else {},
@@ -74,7 +76,8 @@ def write_experiment_report(folder: Path) -> Path:
     for row in result.rows:
         groups.setdefault(row.metric, []).append(row)
     charts = {metric: _seeds(metric, measured) for metric, measured in groups.items()}
-    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts)
+    drawings = {metric: _lines(metric, measured, result.axis) for metric, measured in groups.items()}
+    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts, drawings=drawings)
 
 
 def _write(folder: Path, template: str, **shown: object) -> Path:
@@ -98,10 +101,12 @@ def _write(folder: Path, template: str, **shown: object) -> Path:
 
 def _validation(run: Run) -> Markup | None:
     """The headline metric over the rounds: each site thin, all of them bold."""
-    overall = [(r.round, r.validation[run.headline]) for r in run.rounds if r.validation]
+    overall = run.validation
     lines = []
     for i, site in enumerate(run.names):
-        points = [(r.round, r.per_site[site][run.headline]) for r in run.rounds if site in r.per_site]
+        points = [
+            (r.round, r.per_site[site][run.headline]) for r in run.rounds if run.headline in r.per_site.get(site, {})
+        ]
         lines.append(Line(site, points, site_colour(i)))
     ring = next((point for point in overall if point[0] == run.best_round), None)
     description = f"validation {words.metric_name(run.headline)} over the rounds"
@@ -116,9 +121,9 @@ def _loss(run: Run) -> Markup | None:
 def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     """The figures of the table of sites by column and site: test metrics, then how far the alternatives are."""
     if run.test:
-        for metric in run.metrics:
+        for metric in (metric for metric in run.metrics if metric in run.test.mean):
             values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
-            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean[metric]})
+            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean.get(metric)})
     if run.comparison:
         ways = {**{site: run.comparison.at(site) for site in run.names}, ALL: run.comparison.mean}
         yield "Own model", _cells({site: w.own for site, w in ways.items()})
@@ -165,6 +170,43 @@ def _seeds(metric: str, measured: list[Measured]) -> Markup:
         marks = [*((v, "|", ACCENT, 9.0) for v in row.values), (row.mean, "o", ACCENT, 6.5)]
         shown.append(Row(f"{row.method}\n{row.split}", marks, (row.mean - row.sd, row.mean + row.sd)))
     return rows(f"{words.metric_name(metric)} of each method", shown)
+
+
+def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
+    """Test patients by the label they have (rows) and the one they got (columns); empty for tasks without such counts.
+
+    Each cell is its text, how strong its colour is [per cent], and whether it is right.
+    """
+    mean = run.test.mean if run.test else {}
+    shares = {a: [mean.get(confused(a, b), 0.0) for b in run.labels] for a in run.labels}
+    if run.test is None or not any(confused(a, b) in mean for a in run.labels for b in run.labels):
+        return {}
+    n = sum(site["patients"] for site in run.test.per_site.values())
+    return {
+        a: [
+            (f"{share * n:.0f}", round(70 * share / (sum(row) or 1.0)), a == b)
+            for b, share in zip(run.labels, row, strict=True)
+        ]
+        for a, row in shares.items()
+    }
+
+
+def _lines(metric: str, measured: list[Measured], axis: str) -> Markup | None:
+    """The rows that are points of a line, places in the order of the rows; None where no row is."""
+    points = [row for row in measured if row.line is not None and row.at is not None]
+    places = list(dict.fromkeys(row.at or "" for row in points))
+    lines = []
+    for k, name in enumerate(dict.fromkeys(row.line or "" for row in points)):
+        on_line = [row for row in points if row.line == name]
+        lines.append(
+            Line(
+                name,
+                [(places.index(row.at or ""), row.mean) for row in on_line],
+                (ACCENT, OWN, MUTED, CENTRAL)[k % 4],
+                intervals=[row.interval for row in on_line if row.interval],
+            )
+        )
+    return levels(f"{words.metric_name(metric)} over {axis}", lines, places, axis) if lines else None
 
 
 def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool]]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from contourpy import contour_generator
+from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -24,6 +25,9 @@ LONGEST_SIDE = 512
 SMALLEST_WINDOW = 0.5
 """Share of a picture's sides that is always shown, so that one still sees where one is."""
 
+HEAT_SHARE = 0.6
+"""How much of a picture its heatmap covers where it is hottest."""
+
 MARGIN = 2.2
 """Sides of the shown part over those of what is outlined, where that is more."""
 
@@ -34,7 +38,12 @@ class Picture:
 
     scanner: str
     which: str
+    shown: str
+    """Which of the patient's numbers ``value`` is."""
     value: str
+    caption: str
+    has_heat: bool
+    has_outline: bool
     source: str
     """The image as a data URI."""
 
@@ -64,29 +73,46 @@ def pictures(folder: Path, metric: str) -> dict[str, list[Picture]]:
 
 def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any], metric: str) -> Picture:
     image, truth, prediction = (arrays[f"{k}/{part}"] for part in ("image", "truth", "prediction"))
+    heat = arrays.get(f"{k}/heat")
+    if heat is not None:
+        image = _heated(image, heat)
     step = -(-max(image.shape[:2]) // LONGEST_SIDE)
     reduced = Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).reduce(step)
     truth, prediction = (mask[step // 2 :: step, step // 2 :: step] for mask in (truth, prediction))
     y_mm, x_mm = about["pixel_mm"]
     width, height = reduced.width, round(reduced.height * y_mm / x_mm, 2)
+    outlined = (truth > 0) | (prediction > 0)
+    shown = about.get("shown", metric)
     return Picture(
         scanner=about["scanner"],
         which=about["which"],
-        value=figure(about[metric]),
-        source=_data_uri(reduced),
+        shown=shown,
+        value=figure(about[shown]),
+        caption=about.get("caption", ""),
+        has_heat=heat is not None,
+        has_outline=bool(outlined.any()),
+        source=_data_uri(reduced, is_photograph=image.ndim == 3 and heat is None),
         width=width,
         height=height,
-        window=_window((truth > 0) | (prediction > 0), width, height),
+        window=(0, 0, width, height) if heat is not None else _window(outlined, width, height),
         truth=_outline(truth),
         prediction=_outline(prediction),
         stretch=y_mm / x_mm,
     )
 
 
-def _data_uri(image: Image.Image) -> str:
-    """PNG for grey slices; JPEG for colour photographs, which are several times smaller that way."""
+def _heated(image: NDArray[Any], heat: NDArray[Any]) -> NDArray[Any]:
+    """An image in greys, ``(y, x, 3)``, with what is hot laid over it in colour."""
+    greys = image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
+    share = HEAT_SHARE * heat[..., None]
+    blended: NDArray[Any] = (1 - share) * greys + share * colormaps["inferno"](heat)[..., :3]
+    return blended
+
+
+def _data_uri(image: Image.Image, *, is_photograph: bool) -> str:
+    """PNG for slices; JPEG for colour photographs, which are several times smaller that way."""
     buffer = io.BytesIO()
-    kind = "jpeg" if image.mode == "RGB" else "png"
+    kind = "jpeg" if is_photograph else "png"
     image.save(buffer, kind, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 

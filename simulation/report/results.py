@@ -80,8 +80,8 @@ class Method(Part):
 
     method: str
     per_site: Metrics
-    mean: float
-    """Mean over sites, each counting the same."""
+    mean: float | None
+    """Mean over sites, each counting the same; None where no site has the metric."""
 
 
 class Comparison(Part):
@@ -136,6 +136,7 @@ class Run(Part):
     metrics: dict[str, bool]
     """Name of each metric, and whether larger is better."""
 
+    labels: tuple[str, ...] = ()
     engine: str
     workers: int
     seed: int
@@ -163,9 +164,15 @@ class Run(Part):
         return [site.name for site in self.sites]
 
     @property
+    def validation(self) -> list[tuple[int, float]]:
+        """The headline metric on validation patients after each round that has it."""
+        measured = [(r.round, (r.validation or {}).get(self.headline)) for r in self.rounds]
+        return [(number, value) for number, value in measured if value is not None]
+
+    @property
     def best_validation(self) -> float | None:
         """The headline metric on validation patients after the best round."""
-        return max((r.validation[self.headline] for r in self.rounds if r.validation), default=None)
+        return max((value for _, value in self.validation), default=None)
 
 
 class Measured(Part):
@@ -176,7 +183,15 @@ class Measured(Part):
     split: str
     mean: float
     sd: float
+    interval: tuple[float, float] | None = None
+    """95 % t-interval of the mean over seeds; None for one seed."""
+
     values: tuple[float, ...]
+    line: str | None = None
+    """The line of the drawing on which this row is a point; None for a row that is on none."""
+
+    at: str | None = None
+    """The place on the horizontal axis above which the point lies."""
 
 
 class Claim(Part):
@@ -184,8 +199,10 @@ class Claim(Part):
 
     claim: str
     value: float
+    interval: tuple[float, float] | None = None
     values: tuple[float, ...]
     expected: float
+    bound: Literal["at least", "at most"] = "at least"
     holds: bool
     id: str
 
@@ -195,9 +212,14 @@ class Experiment(Part):
 
     experiment: str
     title: str
-    plan_sha256: str
+    plans: dict[str, str]
+    """SHA-256 of each arm's plan by the name of the arm."""
+
     quick: bool
     seeds: tuple[int, ...]
+    axis: str = ""
+    """What the horizontal axis of the drawing shows, where rows are points of lines."""
+
     rows: tuple[Measured, ...]
     claims: tuple[Claim, ...]
     command: str

@@ -9,6 +9,16 @@ from simulation.report.results import Run
 METRICS = {
     "dice": ("Dice", "Dice is the overlap of outline and reference: 0 none, 1 perfect."),
     "hd95_mm": ("HD95 (mm)", "HD95 is the distance from the reference that 95 % of the outline keep within."),
+    "auc": ("AUC", "AUC is the chance that of two patients the right one is ranked higher: 0.5 guesses, 1 is perfect."),
+    "average_precision": ("AP", "AP is the mean share of true cases among those ranked as high as each of them."),
+    "balanced_accuracy": ("balanced accuracy", "Balanced accuracy is the share recognised, averaged over labels."),
+    "f1": ("F1", "F1 is the harmonic mean of precision and recall."),
+    "localisation": ("localisation", "Localisation is how often the hottest point of the map lies in the outline."),
+    "log_likelihood": (
+        "log-likelihood",
+        "Log-likelihood is the logarithm of the true label's probability: 0 is perfect.",
+    ),
+    "probability": ("probability of the true label", ""),
 }
 """Each metric's name in a heading and what it says; any other is shown with its underscores as spaces."""
 
@@ -36,7 +46,7 @@ def metric_name(metric: str) -> str:
 
 def meanings(metrics: Iterable[str]) -> str:
     """What metrics say, for a reader who meets them here for the first time."""
-    return " ".join(METRICS[metric][1] for metric in metrics if metric in METRICS)
+    return " ".join(METRICS[metric][1] for metric in metrics if metric in METRICS).strip()
 
 
 def duration(seconds: float) -> str:
@@ -66,7 +76,7 @@ def summary(run: Run) -> str:
         verb = "paused" if run.status == "paused" else "ended early"
         parts = [f"{hospitals} trained{together}; the run {verb} after {rounds}"]
     means = run.comparison.mean if run.comparison else None
-    reached = means.shared if means else run.test.mean[run.headline] if run.test else None
+    reached = means.shared if means else run.test.mean.get(run.headline) if run.test else None
     if reached is None:
         parts.append("the shared model was not measured on test patients")
     else:

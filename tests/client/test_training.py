@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from client.training import Trainer, build_optimizer, choose_device, learning_rate, mean_metrics, resident_trainer
+from client.training import Trainer, build_optimizer, choose_device, learning_rate, resident_trainer
 from shared_models.plan import Plan
-from shared_models.task import task_for
+from shared_models.task import mean_metrics, task_for
 from shared_models.volume import Volume
 from shared_models.weights import Weights, initial_weights, load_weights, weights_of
 

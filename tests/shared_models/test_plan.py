@@ -63,6 +63,8 @@ FULL: Tables = {
         "patients": 12,
         "slices": 6,
         "scanners": ["one", "two"],
+        "prevalence": [0.5, 0.25],
+        "label_skew": 0.5,
         "drop_out": 0.1,
         "delay_s": 2.0,
         "late_joiners": 1,
@@ -184,6 +186,9 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
     return keys
 
 
+CLASSIFYING_KEYS = [("task", "label_attribute"), ("training", "class_weights")]
+"""Keys that mean nothing in segmentation, whose plan this is."""
+
 KEYS = keys_in(FULL)
 LEAVES = [key for key in KEYS if not isinstance(value_at(FULL, key), dict)]
 
@@ -234,7 +239,7 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        assert set(KEYS) | set(PRIVATE_KEYS) == set(keys_of(Plan))
+        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS} == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
@@ -313,7 +318,7 @@ class TestEveryKey:
             (("name",), "../up"),
             (("rounds",), 0),
             (("rounds",), 10**50),
-            (("task", "kind"), "classification"),
+            (("task", "kind"), "registration"),
             (("task", "network"), "transformer"),
             (("task", "labels"), ["background"]),
             (("task", "channels"), [16]),
@@ -428,8 +433,11 @@ class TestContradictions:
         ("_axes_agree", ("data", "dimensions"), 3, "data.patch"),
         ("_patch_fits_network", ("data", "patch"), [96, 62], "data.patch"),
         ("_patch_fits_network", ("task", "channels"), [8, 16, 32, 64, 64, 64, 64], "data.patch"),
-        ("_background_first", ("task", "labels"), ["lesion", "background"], "task.labels"),
-        ("_background_first", ("task", "labels"), ["background", "lesion", "lesion"], "task.labels"),
+        ("_labels_are_names", ("task", "labels"), ["lesion", "background"], "task.labels"),
+        ("_labels_are_names", ("task", "labels"), ["background", "lesion", "lesion"], "task.labels"),
+        ("_network_answers_task", ("task", "network"), "scan-plane", "task.network"),
+        ("_keys_are_read", ("task", "label_attribute"), "BodyPartExamined", "task.label_attribute"),
+        ("_keys_are_read", ("training", "class_weights"), [1.0, 2.0], "training.class_weights"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
@@ -456,7 +464,7 @@ class TestContradictions:
             for name in table.__pydantic_decorators__.model_validators
         }
 
-        assert checks == {check for check, *_ in (*self.CASES, *TestPrivacy.CASES) if check}
+        assert checks == {check for check, *_ in (*self.CASES, *TestPrivacy.CASES, *TestClassification.CASES) if check}
 
     def test_patch_that_shrinks_to_one_voxel_is_refused(self):
         """
@@ -714,3 +722,57 @@ def another(value: Any) -> Any:
             return (*value[:-1], another(value[-1]))
         case _:
             raise TypeError(f"{value!r} has no other value")
+
+
+CLASSIFYING: Tables = {
+    "name": "classifying",
+    "rounds": 1,
+    "task": {"kind": "classification", "labels": ["normal", "pneumonia"], "network": "scan-plane"},
+    "data": {"modality": "DX", "dimensions": 2, "patch": [32, 32]},
+}
+
+
+class TestClassification:
+    CASES = (
+        ("_network_answers_task", ("task", "network"), "unet", "resnet, scan-plane"),
+        ("_labels_are_names", ("task", "labels"), ["normal", "Normal"], "once"),
+        ("_labels_are_names", ("task", "labels"), ["normal", " "], "once"),
+        ("_keys_are_read", ("task", "residual_units"), 2, "remove residual_units"),
+        ("_keys_are_read", ("training",), {"foreground": 0.5}, "remove foreground"),
+        ("_weight_for_each_label", ("training",), {"class_weights": [1.0]}, "give 2 numbers"),
+    )
+
+    @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
+    def test_what_has_no_meaning_is_refused_with_the_remedy(self, check, key, value, named):
+        """
+        A network for another task, a label named twice, a key that this network or task does not read.
+        """
+        error = refused(with_value(key, value, CLASSIFYING))
+
+        assert error.code == "P103"
+        assert named in error.remedies[0]
+
+    @pytest.mark.parametrize("wrong", [["a"], [0.0, 1.0], ["1", "2"], 1.0])
+    def test_weights_are_numbers_above_zero(self, wrong):
+        """
+        A weight of another type, or none at all, is no weight.
+        """
+        assert refused(with_value(("training",), {"class_weights": wrong}, CLASSIFYING)).code == "P102"
+
+    @pytest.mark.parametrize("wrong", ["not a keyword", "0008,103E", ""])
+    def test_attribute_is_named_by_its_keyword(self, wrong):
+        """
+        Tags and free text are not taken for a keyword.
+        """
+        assert refused(with_value(("task", "label_attribute"), wrong, CLASSIFYING)).code == "P102"
+
+    def test_plan_is_the_same_after_a_journey(self):
+        """
+        The canonical text of a plan gives the plan again, without keys that mean nothing in it.
+        """
+        plan = Plan.from_tables(CLASSIFYING)
+        text = plan.canonical_json()
+
+        assert Plan.from_tables(json.loads(text)) == plan
+        assert "foreground" not in text
+        assert "residual_units" not in text

@@ -1,5 +1,6 @@
 """Emulated hospitals: real DICOM, the same bytes however they are made, and nobody else's files touched."""
 
+import csv
 import json
 from hashlib import sha256
 
@@ -328,3 +329,59 @@ class TestRefusals:
         with pytest.raises(FederadError) as refusal:
             emulate(small_plan(simulation={"scanners": ["mystery"]}), n_sites=1, folder=tmp_path, seed=100)
         assert all(name in str(refusal.value) for name in SCANNERS)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory):
+    """Two hospitals of which one has no lesions."""
+    plan = small_plan(simulation={"patients": 6, "slices": 2, "prevalence": [0.5, 0.0]})
+    return emulate(plan, n_sites=2, folder=tmp_path_factory.mktemp("prevalence"), seed=100)
+
+
+class TestPrevalence:
+    def test_table_says_who_has_a_lesion(self, sites):
+        """
+        In the plan's words; the outline of those who have none is empty, and it is the same one otherwise.
+        """
+        for site, n_expected in zip(sites, (range(1, 6), [0]), strict=True):
+            with (site.folder / "labels.csv").open() as lines:
+                labels = {row["patient"]: row["label"] for row in csv.DictReader(lines)}
+            assert set(labels) == {path.name for path in site.folder.iterdir() if path.is_dir()}
+            for patient, label in labels.items():
+                seg = hd.seg.segread(site.folder / patient / "study-1" / "seg.dcm")
+                assert seg.pixel_array.any() == (label == "lesion")
+            assert sum(label == "lesion" for label in labels.values()) in n_expected
+
+    def test_head_without_lesions_is_the_same_head(self):
+        """
+        What is not lesion stays as it is, and a patient of a rarer disease is among those of a commoner.
+        """
+        patient, grid = EmulatedPatient(100, 1, 1), Grid.slab(2, (4.0, 4.0, 4.0))
+        healthy, ill = (patient.anatomy(grid, 1, with_lesions=on) for on in (False, True))
+        elsewhere = ill.tissues[-1] == 0
+
+        assert not healthy.lesion_mask.any()
+        assert not healthy.tissues[-1].any()
+        assert_array_equal(healthy.tissues[:, elsewhere], ill.tissues[:, elsewhere])
+        patients = [EmulatedPatient(100, 1, k) for k in range(50)]
+        assert {p.index for p in patients if p.has_lesion(0.2)} < {p.index for p in patients if p.has_lesion(0.6)}
+        assert not any(p.has_lesion(0.0) for p in patients)
+        assert all(p.has_lesion(1.0) for p in patients)
+
+    def test_plan_without_prevalence_gives_the_files_it_always_gave(self, hospitals):
+        """
+        No table, and everybody has a lesion.
+        """
+        assert not (hospitals[0].folder / "labels.csv").exists()
+
+    def test_same_patient_with_and_without_lesions_has_other_identifiers(self, sites, tmp_path):
+        """
+        Two files that differ never share a UID.
+        """
+        everybody = emulate(small_plan(simulation={"patients": 6, "slices": 2}), n_sites=2, folder=tmp_path, seed=100)
+        one, other = (
+            pydicom.dcmread(s[1].folder / "EMU-100-2-001" / "study-1" / "im-001.dcm") for s in (sites, everybody)
+        )
+
+        assert one.PixelData != other.PixelData
+        assert one.SOPInstanceUID != other.SOPInstanceUID

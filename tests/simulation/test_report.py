@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from shared_models.errors import TITLES, FederadError
 from simulation.report import write_experiment_report, write_report
@@ -171,7 +174,7 @@ def an_experiment() -> dict:
     return {
         "experiment": "federated-against-local",
         "title": "Together or each alone",
-        "plan_sha256": "9f2c" * 16,
+        "plans": {"": "9f2c" * 16},
         "quick": False,
         "seeds": [0, 1, 2],
         "rows": rows,
@@ -401,6 +404,50 @@ class TestRunReport:
 
         assert "800 164 8.00 1.0e-05" in text
         assert "does not protect patients" in text
+
+    def test_confusion_is_counted_in_patients(self, tmp_path):
+        """
+        Shares of all test patients become numbers of them; a metric that no site has is not shown.
+        """
+        result = a_result()
+        shares = {"well as well": 0.5, "well as ill": 0.125, "ill as well": 0.125, "ill as ill": 0.25}
+        result["labels"], result["metrics"] = ["well", "ill"], {"dice": True, "auc": True}
+        result["test"] |= shares
+        page = a_page(tmp_path, result)
+        n = sum(site["patients"] for site in result["test"]["per_site"].values())
+        rounded = [f"{shares[f'{a} as {b}'] * n:.0f}" for a in ("well", "ill") for b in ("well", "ill")]
+
+        assert page.tables["confusion"] == [
+            ["has \\ got", "well", "ill"],
+            ["well", *rounded[:2]],
+            ["ill", *rounded[2:]],
+        ]
+        assert "Test AUC" not in page.table("sites")[0]
+        assert "test AUC" not in page.text
+        assert "confusion" not in a_page(tmp_path, a_result()).tables
+
+    def test_heat_lies_over_the_picture(self, tmp_path):
+        """
+        Hot pixels are coloured, the others stay grey, and labels stand in words below.
+        """
+        pictures = some_pictures()
+        heat = np.zeros(pictures["0/image"].shape, np.float32)
+        heat[10:20, 10:20] = 1.0
+        about = json.loads(str(pictures["meta"][0])) | {
+            "shown": "probability",
+            "probability": 0.87,
+            "caption": "x or y",
+        }
+        only = {k: pictures[k] for k in ("0/image", "0/truth", "0/prediction")} | {"0/heat": heat}
+        page = a_page(tmp_path, a_result(), {**only, "meta": np.array([json.dumps(about)])})
+        (source,) = [attributes["href"] for tag, attributes in page.tags if tag == "image"]
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(source).split(",")[1])))).astype(int)
+        is_coloured = np.ptp(shown, axis=2) > 8
+
+        assert is_coloured[10:20, 10:20].all()
+        assert not is_coloured[20:].any()
+        assert "x or y" in page.text
+        assert "0.870" in page.text
 
     @pytest.mark.parametrize(
         ("lacking", "empty", "said"),

@@ -1,0 +1,108 @@
+"""The label of a study as a whole, for tasks that have one: from a table, a folder's name, or the DICOM header.
+
+In this order: the attribute that the plan names, and nothing else then; a row of ``labels.csv``; for pictures the folder
+between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
+``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient
+ID, or what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a
+Study Instance UID, or the folder of the NIfTI file.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from client.data import dicom
+from client.data.keys import key_of
+from client.data.records import Kind, Study
+from client.data.skips import Reason, UnusableError
+from shared_models.errors import FederadError
+from shared_models.plan import TaskTable
+
+TABLE = "labels.csv"
+
+
+class StudyLabels:
+    """What is known of studies' labels at one site; nothing of it is kept beyond the cohort.
+
+    Parameters
+    ----------
+    source
+        The site's data folder.
+    task
+        Names of the labels, and of the DICOM attribute that holds them.
+    secret
+        The site's secret, the key of all keys.
+
+    Raises
+    ------
+    FederadError
+        C176 if there is a table that cannot be read.
+    """
+
+    def __init__(self, source: Path, task: TaskTable, secret: bytes) -> None:
+        self._indices = {name.strip().lower(): index for index, name in enumerate(task.labels)}
+        self._attribute = task.label_attribute
+        self._source = source
+        self._words: dict[str, set[str]] = defaultdict(set)
+        for path in (source / TABLE, source.parent / TABLE):
+            if self._attribute is None and path.is_file():
+                self._read(path, source.name, secret)
+                break
+
+    def of(self, study: Study, paths: Sequence[Path]) -> int:
+        """The index of a study's label; ``paths`` are the files of one of its images.
+
+        Raises
+        ------
+        UnusableError
+            If there is none, there are several, or it is none of the plan's.
+        """
+        words = {word.strip().lower() for word in self._said_of(study, paths)} - {""}
+        if not words:
+            raise UnusableError(Reason.NOT_LABELLED)
+        if len(words) > 1:
+            raise UnusableError(Reason.LABELS_DISAGREE)
+        (word,) = words
+        if word not in self._indices:
+            raise UnusableError(Reason.LABEL_UNKNOWN)
+        return self._indices[word]
+
+    def _said_of(self, study: Study, paths: Sequence[Path]) -> set[str]:
+        kind = next(iter(study.images.values())).kind
+        if self._attribute is not None:
+            return {dicom.attribute(path, self._attribute) for path in paths} if kind is Kind.DICOM else set()
+        for key in (study.key, study.patient):
+            if key in self._words:
+                return self._words[key]
+        *_, above, folder = ("", "", *paths[0].relative_to(self._source).parts[:-1])
+        return {folder} if kind is Kind.PICTURE and above == "images" else set()
+
+    def _read(self, path: Path, site: str, secret: bytes) -> None:
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as lines:
+                table = csv.DictReader(lines)
+                if not {"patient", "label"} <= set(table.fieldnames or ()):
+                    raise _unusable(path, "it has no columns patient and label")
+                rows = [row for row in table if row.get("site") in (None, "", site)]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise _unusable(path, f"it cannot be read as CSV in UTF-8 ({type(error).__name__})") from None
+        for row in rows:
+            patient, study = (row["patient"] or "").strip(), (row.get("study") or "").strip()
+            identifiers = (f"{patient}\n{study}", f"folder:{study}") if study else (patient,)
+            for identifier in identifiers:
+                self._words[key_of(secret, identifier)].add(row["label"] or "")
+
+
+def _unusable(path: Path, why: str) -> FederadError:
+    return FederadError(
+        "C176",
+        happened=f"The table of labels {path} cannot be used: {why}.",
+        because="It says which label each patient has, and nobody guesses.",
+        remedies=(
+            "write it as CSV in UTF-8 with the columns patient and label, and study where studies of one patient differ",
+            "or remove it, if the labels are the names of folders below images/",
+        ),
+    )

@@ -1,0 +1,217 @@
+"""A study's label comes from a table, a folder or the header, and nobody guesses."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from pydicom import dcmread
+
+from client.data.catalogue import Catalogue
+from client.data.cohort import Cohort, cohort_key
+from client.data.skips import Reason
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+
+
+def plan_of(*, modality="MR", labels=("healthy", "Lesion"), attribute=None, dimensions=2, **data):
+    task = {"kind": "classification", "labels": list(labels), "network": "resnet", "channels": [8, 16]}
+    if attribute:
+        task["label_attribute"] = attribute
+    return Plan.from_tables(
+        {
+            "name": "test",
+            "rounds": 1,
+            "task": task,
+            "data": {"modality": modality, "dimensions": dimensions, "patch": [16] * dimensions} | data,
+        }
+    )
+
+
+@pytest.fixture
+def build(tmp_path, secret):
+    """Catalogue and cohort of a folder, as a station builds them."""
+
+    def build(source, plan=None):
+        catalogue = Catalogue.build(tmp_path / "catalogue.sqlite", source, secret=secret)
+        return Cohort.build(tmp_path / "cohort", catalogue, plan or plan_of(), secret=secret)
+
+    return build
+
+
+@pytest.fixture
+def folder(tmp_path, write_series):
+    """Four patients without outlines; the first one was there twice."""
+    for n in range(4):
+        values = np.random.default_rng(n).integers(100, 1000, (2, 20, 24))
+        write_series(tmp_path / "data" / f"P-{n}" / "first", values, patient=f"P-{n}", BodyPartExamined=f"PART {n % 2}")
+    write_series(tmp_path / "data" / "P-0" / "second", values + 1, patient="P-0", BodyPartExamined="PART 0")
+    return tmp_path / "data"
+
+
+def table(folder, *rows, head="patient,label"):
+    (folder / "labels.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
+
+
+def found(cohort):
+    """How many studies have each label."""
+    patients = [patient for split in ("train", "validation", "test") for patient in cohort.patients(split)]
+    return Counter(cohort.volume(study).category for patient in patients for study in patient.studies)
+
+
+def reasons(cohort):
+    return Counter(skipped.reason for skipped in cohort.skipped)
+
+
+class TestTable:
+    def test_row_labels_all_studies_of_a_patient(self, build, folder):
+        """
+        In the plan's words, whatever their case; images need no outline.
+        """
+        table(folder, "P-0,LESION", "P-1,healthy", "P-2, lesion", "P-3,Healthy")
+        cohort = build(folder)
+
+        assert found(cohort) == {0: 2, 1: 3}
+        assert reasons(cohort) == {}
+        study = cohort.patients("train")[0].studies[0]
+        assert cohort.volume(study).label is None
+        assert len(cohort.volume(study).foreground) == 0
+
+    def test_study_can_have_a_label_of_its_own(self, build, folder):
+        """
+        A row with a Study Instance UID is for that study, whatever its patient's row says.
+        """
+        uid = dcmread(next((folder / "P-0" / "second").iterdir())).StudyInstanceUID
+        table(folder, "P-0,,lesion", f"P-0,{uid},healthy", "P-1,,lesion", head="patient,study,label")
+
+        assert found(build(folder)) == {0: 1, 1: 2}
+
+    def test_rows_of_other_sites_are_left_aside(self, build, folder):
+        """
+        One table above several data folders names the folder in a column of its own.
+        """
+        table(folder.parent, "P-0,lesion,data", "P-0,healthy,other", "P-1,healthy,data", head="patient,label,site")
+
+        assert found(build(folder)) == {0: 1, 1: 2}
+
+    def test_what_has_no_usable_label_is_skipped_and_counted(self, build, folder):
+        """
+        No row, an empty word, a word outside the plan's set, two words for one patient.
+        """
+        table(folder, "P-0,lesion", "P-0,healthy", "P-1,tumour", "P-2,")
+        with pytest.raises(FederadError, match="C141") as error:
+            build(folder)
+
+        assert "labels of one study disagree: 2" in error.value.happened
+        assert "study without a label: 2" in error.value.happened
+        assert "label outside the plan's set: 1" in error.value.happened
+
+    @pytest.mark.parametrize("content", [b"name,word\nP-0,lesion\n", b"", b"patient,label\nP-0,\xff\xfe\n"])
+    def test_table_that_is_none_is_an_error(self, build, folder, content):
+        """
+        Without its columns, empty, or not text.
+        """
+        (folder / "labels.csv").write_bytes(content)
+        with pytest.raises(FederadError, match="C176"):
+            build(folder)
+
+    def test_site_with_one_label_is_refused(self, build, folder):
+        """
+        Nothing could be learned or measured there; the message has no names in it.
+        """
+        table(folder, *(f"P-{n},lesion" for n in range(4)))
+        with pytest.raises(FederadError, match="C177") as error:
+            build(folder)
+
+        assert "All 5 studies" in error.value.happened
+        assert "P-" not in str(error.value)
+
+    def test_nothing_in_the_cohort_names_anybody(self, build, folder, tmp_path):
+        """
+        The table's identifiers are nowhere in what is kept.
+        """
+        table(folder, "P-0,lesion", "P-1,healthy")
+        build(folder)
+        kept = b"".join(path.read_bytes() for path in (tmp_path / "cohort").rglob("*.json"))
+
+        assert b"P-0" not in kept
+        assert b"lesion" not in kept.lower()
+
+
+class TestOtherSources:
+    def test_attribute_of_the_header(self, build, folder):
+        """
+        The plan names it by its keyword, and no table counts then.
+        """
+        table(folder, "P-0,part 1", "P-1,part 0")
+
+        assert found(build(folder, plan_of(labels=("part 0", "part 1"), attribute="BodyPartExamined"))) == {0: 3, 1: 2}
+
+    def test_attribute_that_is_not_there(self, build, folder):
+        """
+        An empty attribute is no label.
+        """
+        with pytest.raises(FederadError, match="study without a label: 5"):
+            build(folder, plan_of(attribute="PatientComments"))
+
+    def test_folders_of_pictures(self, build, tmp_path, write_picture):
+        """
+        The folder below images/ is the label, and the same file name in two of them is two pictures.
+        """
+        for n, label in enumerate(("normal", "normal", "pneumonia")):
+            write_picture(tmp_path / "data" / "images" / label / f"{n % 2}.png", np.full((20, 24), 10 + n, np.uint8))
+        write_picture(tmp_path / "data" / "images" / "2.png", np.full((20, 24), 9, np.uint8))
+        cohort = build(tmp_path / "data", plan_of(modality="DX", labels=("normal", "pneumonia")))
+
+        assert found(cohort) == {0: 2, 1: 1}
+        assert reasons(cohort) == {Reason.NOT_LABELLED: 1}
+
+    def test_nifti_by_its_folder(self, build, tmp_path, write_nifti):
+        """
+        The top folder stands for the patient, its path for the study.
+        """
+        for n in range(3):
+            values = np.random.default_rng(n).integers(1, 9, (10, 12, 4)).astype(np.int16)
+            write_nifti(tmp_path / "data" / f"s{n}" / "t1.nii.gz", values)
+        table(tmp_path / "data", "s0,,healthy", "s1,s1,lesion", "s2,elsewhere,lesion", head="patient,study,label")
+        cohort = build(tmp_path / "data", plan_of(dimensions=3))
+
+        assert found(cohort) == {0: 1, 1: 1}
+        assert reasons(cohort) == {Reason.NOT_LABELLED: 1}
+
+
+class TestOutlines:
+    def test_outline_is_kept_for_the_heatmap(self, build, hospital):
+        """
+        Where somebody has drawn what the label is about, the report can say where a heatmap should point.
+        """
+        table(hospital, "P-0,lesion", "P-1,healthy", "P-2,lesion")
+        cohort = build(hospital)
+        volumes = [
+            cohort.volume(s)
+            for split in ("train", "validation", "test")
+            for p in cohort.patients(split)
+            for s in p.studies
+        ]
+
+        assert all(volume.label is not None and volume.label.sum() == 3 * 4 * 7 for volume in volumes)
+
+    def test_outline_that_cannot_be_used_costs_nothing(self, build, hospital, edit):
+        """
+        A segmentation of something else is left aside, and the study is used.
+        """
+        table(hospital, "P-0,tumour", "P-1,healthy", "P-2,tumour")
+        cohort = build(hospital, plan_of(labels=("healthy", "tumour")))
+
+        assert found(cohort) == {0: 1, 1: 2}
+        assert cohort.volume(cohort.patients("train")[0].studies[0]).label is None
+
+    def test_plans_with_and_without_outlines_share_no_cohort(self, plan):
+        """
+        The same labels on the same data are another cohort, since other studies are usable.
+        """
+        drawn, told = plan(labels=("background", "lesion")), plan_of(labels=("background", "lesion"))
+
+        assert cohort_key(drawn) != cohort_key(told)
+        assert cohort_key(told) != cohort_key(plan_of(labels=("background", "lesion"), attribute="StudyDescription"))
