@@ -133,7 +133,7 @@ def tiny():
         "name": "tiny",
         "rounds": 1,
         "task": {"kind": "segmentation", "labels": ["background", "lesion"], "network": "unet", "channels": [4, 8]},
-        "data": {"modality": "MR", "dimensions": 2, "spacing_mm": [8.0, 8.0], "patch": [28, 24]},
+        "data": {"modality": "MR", "dimensions": 2, "spacing_mm": [4.0, 4.0], "patch": [32, 32]},
         "training": {"samples_per_patient": 1},
         "simulation": {"patients": 5, "slices": 1},
     }
