@@ -70,13 +70,13 @@ def evaluate(results: Results) -> dict[str, Any]:
         return [before - after for before, after in pairs]
 
     def line(size: int, epsilon: float) -> dict[str, Any]:
-        method = f"{size} patients a site, " + ("no privacy" if math.isinf(epsilon) else f"epsilon {epsilon:g}")
-        place = "none" if math.isinf(epsilon) else f"{epsilon:g}"
+        method = f"n = {size}, " + ("no privacy" if math.isinf(epsilon) else f"epsilon {epsilon:g}")
+        place = "∞" if math.isinf(epsilon) else f"{epsilon:g}"
         return row(method, "dice", SPLIT, dice(arm_name(size, epsilon)), line=f"{size} patients", at=place)
 
     for_patient = max(site["epsilon"] for result in results[IMAGE_LEVEL] for site in result["privacy"].values())
     image_level = row(
-        f"{LARGEST} patients a site, epsilon 8 for an image: {for_patient:.1f} for a patient",
+        f"n = {LARGEST}, image epsilon 8: {for_patient:.1f} for a patient",
         "dice",
         SPLIT,
         dice(IMAGE_LEVEL),
@@ -113,7 +113,7 @@ def evaluate(results: Results) -> dict[str, Any]:
     }
 
 
-SPLIT = f"test patients of the sites of {LARGEST}"
+SPLIT = f"test, sites of {LARGEST}"
 
 
 def _plan(base: Plan, size: int, epsilon: float) -> Plan:
@@ -131,7 +131,7 @@ def _plan(base: Plan, size: int, epsilon: float) -> Plan:
 
 
 def _image_level(plan: Plan) -> Plan:
-    """The same plan with images in place of patients: as large a share of them in each step."""
+    """The same plan with images in place of patients: as many of them in each step."""
     if plan.privacy is None:
         raise ValueError("the plan has no [privacy]")
     privacy = plan.privacy.model_copy(update={"unit": "image", "images_per_patient": IMAGES_PER_PATIENT})

@@ -122,7 +122,7 @@ class TestPrivacyUtility:
         table = privacy_utility.evaluate({**results, IMAGE_LEVEL: [measured(0.7, 31.4)]})
         [row] = [r for r in table["rows"] if r["line"] == "image level"]
 
-        assert "epsilon 8 for an image: 31.4 for a patient" in row["method"]
+        assert "image epsilon 8: 31.4 for a patient" in row["method"]
         assert row["at"].startswith("31")
 
 
