@@ -87,7 +87,7 @@ class TestPrivacyUtility:
                 plan.rounds,
             )
             if plan.privacy is not None:
-                assert plan.privacy.patients_per_step == 0.2 * plan.simulation.patients
+                assert plan.privacy.patients_per_step == 0.05 * plan.simulation.patients
         assert plans[arm_name(200, 3.0)].privacy.epsilon == 3.0
         assert plans[arm_name(200, 3.0)].simulation.patients == 200
         assert plans[arm_name(1000, math.inf)].privacy is None
