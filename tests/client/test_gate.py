@@ -146,7 +146,8 @@ class TestPrivacy:
         With noise a kind leaves, and what the hospital forbids stays all the same.
         """
         gate = Gate("site-1", Policy(releases=Releases(**{kind: rule})))
-        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind], is_noised=True)], is_private=True))
+        passed = gate.release(QUESTION, [Release(kind, VALUES[kind], is_noised=True)], is_private=True)
+        answer = decode_answer(passed.answer)
 
         assert bool({"update": answer.update, "metric": answer.metrics}[kind]) is leaves
 
@@ -156,7 +157,8 @@ class TestPrivacy:
         "noised" lets nothing exact out, from a plan without [privacy] either.
         """
         gate = Gate("site-1", Policy(releases=Releases(**{kind: "noised"})))
-        answer = decode_answer(gate.release(QUESTION, [Release(k, VALUES[k]) for k in ("update", "metric", "count")]))
+        passed = gate.release(QUESTION, [Release(k, VALUES[k]) for k in ("update", "metric", "count")])
+        answer = decode_answer(passed.answer)
         left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts}
 
         assert {name for name, value in left.items() if value} == left.keys() - {kind}

@@ -83,7 +83,7 @@ def what_leaves(plan: Plan) -> Weights:
     released = Gate("site-1", Policy(without_privacy=True)).release(
         question, [Release("update", update, is_noised=is_private)], is_private=is_private
     )
-    return decode_answer(released).update
+    return decode_answer(released.answer).update
 
 
 def image_and_target(plan: Plan) -> tuple[Tensor, Tensor]:

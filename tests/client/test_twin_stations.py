@@ -329,7 +329,7 @@ def test_twins_that_differ_in_more_are_told_apart(town, monkeypatch):
         broken.setattr("client.privacy.on_grid", lambda scaled, m, seed, out=None: (scaled / m.grid).to(torch.int64))
         with pytest.raises(AssertionError):
             compare(town.without("train"), along, town.plans[0])
-    monkeypatch.setattr("client.station._n_values", lambda release: len(list(along.rglob("image.npy"))))
+    monkeypatch.setattr("client.station.noted", lambda folder, _: {"images": len(list(folder.rglob("image.npy")))})
     monkeypatch.setattr("client.station.Station._progress", lambda *_: None)
     with pytest.raises(AssertionError):
         compare(town.without("train"), town.station("along"), town.plans[0])
