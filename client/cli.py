@@ -285,13 +285,24 @@ def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False)
 
 
 @app.command()
-def approve(plan: PlanName, declared: Declared = None, site: Site = None, as_json: AsJson = False) -> None:
+def approve(
+    plan: PlanName,
+    declared: Declared = None,
+    start_is_foreign: Annotated[
+        bool,
+        typer.Option(
+            "--start-is-foreign", help="No patient of this hospital was used for the model at which the plan begins."
+        ),
+    ] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
     """Let a plan train here: looks through the data, prepares it, and agrees on what it may cost."""
     folder = SiteFolder.find(site)
     station = _station(folder)
     chosen = station.plan_named(plan)
     with _bar(f"preparing images for {chosen.plan.name}", as_json) as step:
-        cohort = station.approve(chosen.plan, step, declared_size=declared)
+        cohort = station.approve(chosen.plan, step, declared_size=declared, start_is_foreign=start_is_foreign)
     patients = {split: len(cohort.patients(split)) for split in ("train", "validation", "test")}
     _show(
         folder,

@@ -42,7 +42,7 @@ from client.gate import TICKS, Gate, Release, StatusWord
 from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
 from client.plans import ListedPlan, Plans
-from client.policy import Cost, Refused, cost_of, round_size
+from client.policy import Cost, Refused, cost_of, require_known_start, round_size
 from client.site import SiteConfig
 from client.training import resident_trainer
 from client.work import exact_releases, noised_releases
@@ -115,7 +115,14 @@ class Station:
         """Listen to the operator of ``consortium``, who signs plans with this key, and keep notices for it."""
         self._plans.trust(consortium, plan_key_pem)
 
-    def approve(self, plan: Plan, on_progress: OnProgress | None = None, *, declared_size: int | None = None) -> Cohort:
+    def approve(
+        self,
+        plan: Plan,
+        on_progress: OnProgress | None = None,
+        *,
+        declared_size: int | None = None,
+        start_is_foreign: bool = False,
+    ) -> Cohort:
         """Let ``plan`` train here: catalogue the data, prepare its cohort, agree on what it may cost, tell the operator.
 
         Parameters
@@ -123,12 +130,15 @@ class Station:
         declared_size
             Public, rounded number of patients that training draws from. A plan with ``[privacy]`` needs one, and a
             person gives it: only at an emulated hospital the true number is rounded instead.
+        start_is_foreign
+            Whether a person here knows that no patient of this site was used for the model at which the plan begins.
 
         Raises
         ------
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
-            C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here.
+            C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
+            begins at a model of which the ledger knows nothing.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
@@ -141,9 +151,11 @@ class Station:
         decision = policy.at_approval(plan, cost, n_patients=n_patients, spent=spent)
         if isinstance(decision, Refused):
             raise decision.error
+        if plan.privacy is not None and not (start_is_foreign or self.config.emulated):
+            require_known_start(plan, spent)
         ledger.agree(cost.agreement(plan.sha256))
         self._plans.approve(plan)
-        self._decided(plan.sha256, "approved")
+        self._decided(plan.sha256, "approved", **({"start_is_foreign": True} if start_is_foreign else {}))
         return cohort
 
     def refuse(self, plan: Plan) -> None:
@@ -298,8 +310,8 @@ class Station:
     def _audit_answer(self, question: Question, n_bytes: int, sha256: str, **facts: Any) -> None:
         self.audit.write("answer", n_bytes=n_bytes, sha256=sha256, **_facts(question), **facts)
 
-    def _decided(self, sha256: str, word: StatusWord) -> None:
-        self.audit.write(word, plan=sha256, by_uid=os.getuid())
+    def _decided(self, sha256: str, word: StatusWord, **facts: Any) -> None:
+        self.audit.write(word, plan=sha256, by_uid=os.getuid(), **facts)
         self._tell(word, sha256, self._plans.run_of(sha256))
 
     def _tell(self, word: StatusWord, sha256: str, run: str) -> None:

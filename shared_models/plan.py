@@ -177,9 +177,30 @@ class StrategyTable(_Table):
         lt=1,
         description='for release = "averaged" only: how much of the average stays from one round to the next, such as 0.9',
     )
+    start: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the model.safetensors at which training begins; leave it out for fresh weights",
+    )
+    start_run: str | None = Field(
+        default=None,
+        pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        description="the run that made the model named by start; with [privacy] a site looks it up in its ledger",
+    )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
     )
+
+    @model_validator(mode="after")
+    def _run_of_start(self) -> Self:
+        if self.start_run is not None and self.start is None:
+            raise _ContradictionError(
+                "strategy.start_run",
+                f'start_run = "{self.start_run}" without start',
+                "It says which run made the model at which training begins, and training begins at fresh weights.",
+                "add start, the SHA-256 of its model.safetensors, or remove start_run",
+            )
+        return self
 
     @model_validator(mode="after")
     def _average(self) -> Self:
