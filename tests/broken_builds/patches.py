@@ -574,7 +574,7 @@ _LEDGER = (
             "return whole if follows and line == _canonical(whole) else None",
             "return whole if follows else None",
         ),
-        caught_by=(f"{LEDGER}::TestChanged::test_changed_entry_is_found",),
+        caught_by=(f"{LEDGER}::TestChanged::test_entry_changed_in_both_places_is_found",),
     ),
     patch(
         "rollback unnoticed",

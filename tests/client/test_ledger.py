@@ -701,6 +701,22 @@ class TestChanged:
             return
         assert code_of(lambda: opened(folder)) in {"C166", "C167"}
 
+    def test_entry_changed_in_both_places_is_found(self, folder):
+        """
+        The same cheaper charge in the ledger and at its anchor, also as the last entry: nobody can sign it without the secret.
+        """
+        for n, line in enumerate(lines_of(folder), start=1):
+            cheaper = line.replace('"steps":10', '"steps":1')
+            if cheaper == line:
+                continue
+            kept, anchor = (folder / FILE).read_bytes(), (folder / ANCHOR).read_text()
+            changed(folder, "UPDATE chain SET line = ? WHERE n = ?", cheaper, n)
+            (folder / ANCHOR).write_text(anchor.replace(line, cheaper))
+            assert code_of(lambda: opened(folder)) == "C166"
+            (folder / FILE).write_bytes(kept)
+            (folder / ANCHOR).write_text(anchor)
+        assert '"steps":10' in lines_of(folder)[-1]
+
     def test_entry_made_up_without_the_secret_is_found(self, folder):
         """
         A whole chain with good hashes under another key is not this station's.
