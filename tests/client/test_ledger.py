@@ -567,6 +567,21 @@ class TestPutBack:
         (folder / FILE).write_bytes(newest)
         assert len(opened(folder).spent().charges) == 3
 
+    def test_charge_is_at_its_anchor_before_the_first_step(self, ledger, folder):
+        """
+        A copy from just before a round is refused as soon as the round may train, and not only once it is over.
+        """
+        for round_ in (1, 2):
+            before = (folder / FILE).read_bytes()
+            reservation = reserve(ledger, question_of(round_))
+            after = (folder / FILE).read_bytes()
+
+            assert lines_of(folder) == anchored(folder)
+            (folder / FILE).write_bytes(before)
+            assert code_of(lambda: opened(folder)) == "C167"
+            (folder / FILE).write_bytes(after)
+            ledger.settle(reservation, question_of(round_), answer_to(round_))
+
     def test_after_a_restore_everything_anchored_is_spent(self, folder):
         """
         From any older copy, or none at all: the same charges as before, answered stays answered, and training goes on.
@@ -703,7 +718,7 @@ class TestChanged:
 
     def test_entry_changed_in_both_places_is_found(self, folder):
         """
-        The same cheaper charge in the ledger and at its anchor, also as the last entry: nobody can sign it without the secret.
+        The same cheaper charge in the ledger and at its anchor, also as the last entry: nobody can sign it.
         """
         for n, line in enumerate(lines_of(folder), start=1):
             cheaper = line.replace('"steps":10', '"steps":1')
