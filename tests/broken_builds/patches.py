@@ -574,7 +574,7 @@ _LEDGER = (
             "return whole if follows and line == _canonical(whole) else None",
             "return whole if follows else None",
         ),
-        caught_by=(f"{LEDGER}::TestChanged::test_changed_entry_is_found",),
+        caught_by=(f"{LEDGER}::TestChanged::test_entry_changed_in_both_places_is_found",),
     ),
     patch(
         "rollback unnoticed",
@@ -603,10 +603,7 @@ _LEDGER = (
             '            yield book\n            db.execute("COMMIT")\n            self._write_anchor(book.new)\n',
             '            yield book\n            db.execute("COMMIT")\n',
         ),
-        caught_by=(
-            f"{LEDGER}::TestPutBack::test_older_ledger_is_noticed_whenever_it_was_copied",
-            f"{LEDGER}::TestKilled::test_killed_before_any_durable_write",
-        ),
+        caught_by=(f"{LEDGER}::TestPutBack::test_charge_is_at_its_anchor_before_the_first_step",),
     ),
     patch(
         "other weights for a round that was charged",

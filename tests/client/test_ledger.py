@@ -567,6 +567,21 @@ class TestPutBack:
         (folder / FILE).write_bytes(newest)
         assert len(opened(folder).spent().charges) == 3
 
+    def test_charge_is_at_its_anchor_before_the_first_step(self, ledger, folder):
+        """
+        A copy from just before a round is refused as soon as the round may train, and not only once it is over.
+        """
+        for round_ in (1, 2):
+            before = (folder / FILE).read_bytes()
+            reservation = reserve(ledger, question_of(round_))
+            after = (folder / FILE).read_bytes()
+
+            assert lines_of(folder) == anchored(folder)
+            (folder / FILE).write_bytes(before)
+            assert code_of(lambda: opened(folder)) == "C167"
+            (folder / FILE).write_bytes(after)
+            ledger.settle(reservation, question_of(round_), answer_to(round_))
+
     def test_after_a_restore_everything_anchored_is_spent(self, folder):
         """
         From any older copy, or none at all: the same charges as before, answered stays answered, and training goes on.
@@ -700,6 +715,22 @@ class TestChanged:
             opened(folder)
             return
         assert code_of(lambda: opened(folder)) in {"C166", "C167"}
+
+    def test_entry_changed_in_both_places_is_found(self, folder):
+        """
+        The same cheaper charge in the ledger and at its anchor, also as the last entry: nobody can sign it.
+        """
+        for n, line in enumerate(lines_of(folder), start=1):
+            cheaper = line.replace('"steps":10', '"steps":1')
+            if cheaper == line:
+                continue
+            kept, anchor = (folder / FILE).read_bytes(), (folder / ANCHOR).read_text()
+            changed(folder, "UPDATE chain SET line = ? WHERE n = ?", cheaper, n)
+            (folder / ANCHOR).write_text(anchor.replace(line, cheaper))
+            assert code_of(lambda: opened(folder)) == "C166"
+            (folder / FILE).write_bytes(kept)
+            (folder / ANCHOR).write_text(anchor)
+        assert '"steps":10' in lines_of(folder)[-1]
 
     def test_entry_made_up_without_the_secret_is_found(self, folder):
         """
