@@ -208,11 +208,14 @@ class Classification(Task):
         return found
 
     def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
-        """The slice with the largest heat for the predicted label, or with the largest outline where there is one."""
+        """The slice with the largest outline, or with the largest heat where there is none.
+
+        The heat is that of the predicted label, or of the second where there are two: where nothing speaks for a
+        lesion, no place says so.
+        """
         names, label = self.plan.task.labels, volume.label
-        probabilities = self.probabilities(prediction)
-        predicted = int(probabilities.argmax())
-        heat = self.heat(prediction, volume, predicted)
+        predicted = int(self.probabilities(prediction).argmax())
+        heat = self.heat(prediction, volume, 1 if len(names) == 2 else predicted)
         areas = np.zeros(len(heat)) if label is None else (label > 0).sum(axis=(1, 2))
         z = int(areas.argmax()) if areas.any() else int(heat.max(axis=(1, 2)).argmax())
         truth = np.zeros(heat.shape[1:], np.uint8) if label is None else label[z]

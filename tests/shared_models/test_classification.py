@@ -282,7 +282,7 @@ class TestSummary:
 
 def test_picture_shows_the_slice_that_speaks_most():
     """
-    In greys, with the heat of the predicted label between 0 and 1, and both labels in words.
+    In greys, with the heat of the second of two labels between 0 and 1, and both labels in words.
     """
     task, volume = task_with(data={"patch": [16, 16]}), numbered((3, 16, 16), category=0)
     maps = np.zeros((2, 3, 4, 4))
