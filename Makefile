@@ -40,8 +40,12 @@ system-packages: ## Debian's packages for a server: nginx (needs root)
 	@command -v nginx /usr/sbin/nginx >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }
 
 .PHONY: test-system
-test-system: $(READY) system-packages ## what needs root: file systems that fill up, other users, servers
+test-system: $(READY) system-packages ## what needs root or time: full disks, other users, servers, broken builds
 	$(BIN)/python -m pytest -m system
+
+.PHONY: audit
+audit: $(READY) ## break privacy in many ways and see whether the tests notice; takes a while
+	$(BIN)/python -m tests.broken_builds
 
 .PHONY: check
 check: $(READY) ## format, lint and types, as CI runs them

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
@@ -95,9 +96,9 @@ class AnswerStore:
         """
         file = self.write(question, answer)
         with closing(self._connect()) as db, db:
-            self.record(db, question, hashlib.sha256(answer).hexdigest(), file)
+            dropped = self.record(db, question, hashlib.sha256(answer).hexdigest(), file)
             db.commit()
-            self.tidy(db)
+        self.drop(dropped)
 
     def write(self, question: Question, answer: bytes) -> str:
         """Put the bytes on the disk, where nothing finds them until they are recorded; the name of their file."""
@@ -106,8 +107,13 @@ class AnswerStore:
         return file
 
     @staticmethod
-    def record(db: sqlite3.Connection, question: Question, sha256: str, file: str | None) -> None:
+    def record(db: sqlite3.Connection, question: Question, sha256: str, file: str | None) -> list[str]:
         """Bind the question to an answer, inside the caller's transaction; no file where the bytes are gone.
+
+        Returns
+        -------
+        list of str
+            Files of older rounds that no key names any more, to :meth:`drop` after the commit.
 
         Raises
         ------
@@ -120,7 +126,14 @@ class AnswerStore:
         except sqlite3.IntegrityError:
             raise AnsweredBeforeError from None
         old = (question.run, question.round - ROUNDS_KEPT)
+        named = db.execute("SELECT file FROM answers WHERE run = ? AND round <= ? AND file IS NOT NULL", old).fetchall()
         db.execute("UPDATE answers SET file = NULL WHERE run = ? AND round <= ?", old)
+        return [str(file) for (file,) in named]
+
+    def drop(self, files: Iterable[str]) -> None:
+        """Delete files that no key names any more; what a crash keeps from it, :meth:`tidy` does."""
+        for file in files:
+            (self._folder / file).unlink(missing_ok=True)
 
     def tidy(self, db: sqlite3.Connection) -> None:
         """Delete every file that no key names: those of older rounds, and what a crash left. For one process at a time."""

@@ -285,13 +285,24 @@ def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False)
 
 
 @app.command()
-def approve(plan: PlanName, declared: Declared = None, site: Site = None, as_json: AsJson = False) -> None:
+def approve(
+    plan: PlanName,
+    declared: Declared = None,
+    start_is_foreign: Annotated[
+        bool,
+        typer.Option(
+            "--start-is-foreign", help="No patient of this hospital was used for the model at which the plan begins."
+        ),
+    ] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
     """Let a plan train here: looks through the data, prepares it, and agrees on what it may cost."""
     folder = SiteFolder.find(site)
     station = _station(folder)
     chosen = station.plan_named(plan)
     with _bar(f"preparing images for {chosen.plan.name}", as_json) as step:
-        cohort = station.approve(chosen.plan, step, declared_size=declared)
+        cohort = station.approve(chosen.plan, step, declared_size=declared, start_is_foreign=start_is_foreign)
     patients = {split: len(cohort.patients(split)) for split in ("train", "validation", "test")}
     _show(
         folder,
@@ -474,6 +485,31 @@ def audit_verify(site: Site = None, as_json: AsJson = False) -> None:
     lines = ["Note the heads down elsewhere: with them, a rewritten audit is found out later."]
     lines += [f"{name:<8} {head['lines']:>6} lines, whole; head {head['head']}" for name, head in heads.items()]
     _show(folder, heads, "\n".join(lines), "status", as_json)
+
+
+@audit_app.command("show")
+def audit_show(
+    site: Site = None,
+    run: Annotated[str | None, typer.Option("--run", help="Only of this run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show every answer that has left, round by round: kinds, names, sizes, norm and cost, never values."""
+    from client.egress import egress, told
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    entries = _reading(folder.station, lambda: list(egress(folder.station, run)))
+    table = Table(title="what has left" if entries else "nothing has left yet")
+    for column in ("time", "run", "round", "question", "what left"):
+        table.add_column(column)
+    for entry in entries:
+        asked = (str(entry.get(key, "")) for key in ("run", "round", "kind"))
+        table.add_row(entry["time"][:16].replace("T", " "), *asked, told(entry))
+    if as_json:
+        print(json.dumps(entries))
+        return
+    Console().print(table)
+    _next(folder, "audit verify")
 
 
 @app.command(hidden=True)

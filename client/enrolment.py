@@ -318,7 +318,7 @@ def _not_usable(happened: str, because: str) -> FederadError:
         because=because,
         remedies=(
             "check that the folder is this site's, and that its owner may write there",
-            "to join another consortium, or under another name, use another folder: --data DIR",
+            "to join another consortium, or under another name, use another folder: --site DIR",
         ),
     )
 

@@ -8,6 +8,7 @@ Under ``[privacy]`` nothing that was computed from patients leaves without noise
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -43,6 +44,16 @@ class Release:
     """Whether it came out of a mechanism whose noise was paid for."""
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What passed the door for one question."""
+
+    answer: bytes
+    manifest: dict[str, Any]
+    """For this site's own people: by kind, the ``names`` in it; of an update each array's ``shapes`` and the joint L2
+    ``norm``; of a cost its ``values``, which are arithmetic on public numbers. Nothing else's values."""
+
+
 class Gate:
     """The door of one site.
 
@@ -58,8 +69,8 @@ class Gate:
         self.site = site
         self._policy = policy or Policy()
 
-    def release(self, question: Question, releases: Sequence[Release], *, is_private: bool = False) -> bytes:
-        """The bytes that answer ``question``. A kind that the policy does not let out is left out.
+    def release(self, question: Question, releases: Sequence[Release], *, is_private: bool = False) -> Passed:
+        """The bytes that answer ``question``, and what is in them. A kind that the policy does not let out is left out.
 
         Parameters
         ----------
@@ -85,16 +96,15 @@ class Gate:
             values[release.kind] = {name: _EXACT[release.kind](value) for name, value in release.value.items()}
             if not all(np.isfinite(value).all() for value in values[release.kind].values()):
                 raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
-        return encode_answer(
-            Answer(
-                site=self.site,
-                question=question,
-                update=values.get("update", {}),
-                metrics=values.get("metric", {}),
-                counts=values.get("count", {}),
-                cost=values.get("cost", {}),
-            )
+        answer = Answer(
+            site=self.site,
+            question=question,
+            update=values.get("update", {}),
+            metrics=values.get("metric", {}),
+            counts=values.get("count", {}),
+            cost=values.get("cost", {}),
         )
+        return Passed(encode_answer(answer), {kind: _manifest(kind, named) for kind, named in values.items()})
 
     def refuse(self, question: Question | None, refusal: Refusal) -> bytes:
         """The bytes that say no, with a reason from the closed list and nothing else.
@@ -108,8 +118,10 @@ class Gate:
             raise _not_released("a reason that is not on the list")
         return encode_answer(Answer(site=self.site, question=question, refusal=refusal))
 
-    def notice(self, release: Release, *, plan_sha256: str = "", run: str = "") -> Notice:
+    def notice(self, release: Release, *, plan_sha256: str = "", run: str = "") -> Notice | None:
         """What the operator is told outside an answer, about a plan and a run where it concerns one.
+
+        None where the policy keeps such notices here.
 
         A ``status`` holds ``word``, one of :data:`StatusWord`; ``progress`` holds ``round`` and ``tick``, the tenths of
         the round that are done.
@@ -120,6 +132,8 @@ class Gate:
             C147 for another kind, another word, or a tick that is not one of ten.
         """
         value = dict(release.value)
+        if release.kind in ("status", "progress") and self._policy.rule(release.kind, private=False) == "forbidden":
+            return None
         if release.kind == "status" and value.keys() == {"word"} and value["word"] in get_args(StatusWord):
             word: StatusWord = value["word"]
             kind = "status" if word == "started" else word
@@ -129,6 +143,13 @@ class Gate:
             if tick <= TICKS:
                 return Notice(kind="progress", plan_sha256=plan_sha256, run=run, round=round_, done=tick, total=TICKS)
         raise _not_released(f"a notice of kind {release.kind!r}, which is unknown or holds something else than it may")
+
+
+def _manifest(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    if kind == "update":
+        shapes = {name: list(array.shape) for name, array in values.items()}
+        return {"shapes": shapes, "norm": math.hypot(*(float(np.linalg.norm(array)) for array in values.values()))}
+    return {"values": dict(values)} if kind == "cost" else {"names": sorted(values)}
 
 
 def _whole_number(value: Any) -> int:

@@ -243,11 +243,6 @@ class Ledger:
         """Write the anchor at a new place; C168 if what is there already is not an older copy of it."""
         cls(folder, secret, anchor)._chain.renew_anchor()
 
-    def require_whole(self) -> None:
-        """Check all of it again; raises as :meth:`open`."""
-        with self._opened():
-            pass
-
     @property
     def head(self) -> Head:
         """Number of entries and hash of the last: says nothing to whoever lacks the station's secret."""
@@ -373,8 +368,13 @@ class Ledger:
 
     def settle(
         self, reservation: Reservation | None, question: Question, answer: bytes, *, audit: Head | None = None
-    ) -> None:
+    ) -> str:
         """Store the answer and say what it was charged to, in one commit; it may leave after this returns.
+
+        Returns
+        -------
+        str
+            SHA-256 of the answer.
 
         Parameters
         ----------
@@ -397,7 +397,7 @@ class Ledger:
             _require_new(book.entries, question)
             if reservation is not None:
                 _require_open(_spent(book.entries), reservation, question)
-            self._store.record(book.db, question, sha256, self._written(question, answer))
+            dropped = self._store.record(book.db, question, sha256, self._written(question, answer))
             book.append(
                 "answer",
                 question=asdict(question),
@@ -405,8 +405,8 @@ class Ledger:
                 sha256=sha256,
                 audit=[audit.n, audit.hash] if audit else None,
             )
-        with self._opened() as book:
-            self._store.tidy(book.db)
+        self._store.drop(dropped)
+        return sha256
 
     def _written(self, question: Question, answer: bytes) -> str:
         try:

@@ -313,6 +313,29 @@ def require_round(declared: int) -> int:
     )
 
 
+def require_known_start(plan: Plan, spent: Spent) -> None:
+    """Make sure that what patients paid for the model at which a plan begins stands on the ledger.
+
+    Raises
+    ------
+    FederadError
+        C178 if the plan begins at a model, and its run was never charged here.
+    """
+    if plan.strategy.start is None or plan.strategy.start_run in spent.runs:
+        return
+    made_by = f"run {plan.strategy.start_run}" if plan.strategy.start_run else "a run that it does not name"
+    raise FederadError(
+        "C178",
+        happened=f"The plan begins at a model made by {made_by}, of which this site's ledger knows nothing.",
+        because="If patients of this hospital were used for that model, it may tell of them already, and nobody has "
+        "counted that: the plan's epsilon would say too little.",
+        remedies=(
+            f"if you know that no patient of this hospital was: federad-site approve {plan.name} --start-is-foreign",
+            f"else: federad-site refuse {plan.name}, and ask the operator for a plan without start",
+        ),
+    )
+
+
 def is_open(hours: str, now: time) -> bool:
     """Whether rounds may begin: from the first time on, and before the second, over midnight too."""
     if hours == ALWAYS:

@@ -16,6 +16,7 @@ A station lives in one folder and can be reopened from it in any process::
     answers/             the bytes of those answers (``answers``)
     outbox.sqlite        what waits to be told to the operator (``outbox``)
     audit.jsonl          what has left, and what was refused (``audit``)
+    layouts/             names and shapes of the arrays that have left (``egress``)
 """
 
 from __future__ import annotations
@@ -31,18 +32,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
 from client import audit
 from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
+from client.egress import noted
 from client.gate import TICKS, Gate, Release, StatusWord
-from client.ledger import Ledger, Reservation, Spent
+from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
 from client.plans import ListedPlan, Plans
-from client.policy import Cost, Refused, cost_of, round_size
+from client.policy import Cost, Refused, cost_of, require_known_start, round_size
 from client.site import SiteConfig
 from client.training import resident_trainer
 from client.work import exact_releases, noised_releases
@@ -87,6 +87,7 @@ class Station:
         self._plans = Plans(folder)
         self._secret = (folder / "secret").read_bytes()
         self._ledger: Ledger | None = None
+        self._costs: dict[Agreement, Cost] = {}
 
     @classmethod
     def create(cls, folder: Path, config: SiteConfig, *, secret: bytes | None = None) -> Self:
@@ -114,7 +115,14 @@ class Station:
         """Listen to the operator of ``consortium``, who signs plans with this key, and keep notices for it."""
         self._plans.trust(consortium, plan_key_pem)
 
-    def approve(self, plan: Plan, on_progress: OnProgress | None = None, *, declared_size: int | None = None) -> Cohort:
+    def approve(
+        self,
+        plan: Plan,
+        on_progress: OnProgress | None = None,
+        *,
+        declared_size: int | None = None,
+        start_is_foreign: bool = False,
+    ) -> Cohort:
         """Let ``plan`` train here: catalogue the data, prepare its cohort, agree on what it may cost, tell the operator.
 
         Parameters
@@ -122,12 +130,15 @@ class Station:
         declared_size
             Public, rounded number of patients that training draws from. A plan with ``[privacy]`` needs one, and a
             person gives it: only at an emulated hospital the true number is rounded instead.
+        start_is_foreign
+            Whether a person here knows that no patient of this site was used for the model at which the plan begins.
 
         Raises
         ------
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
-            C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here.
+            C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
+            begins at a model of which the ledger knows nothing.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
@@ -140,9 +151,11 @@ class Station:
         decision = policy.at_approval(plan, cost, n_patients=n_patients, spent=spent)
         if isinstance(decision, Refused):
             raise decision.error
+        if plan.privacy is not None and not (start_is_foreign or self.config.emulated):
+            require_known_start(plan, spent)
         ledger.agree(cost.agreement(plan.sha256))
         self._plans.approve(plan)
-        self._decided(plan.sha256, "approved")
+        self._decided(plan.sha256, "approved", **({"start_is_foreign": True} if start_is_foreign else {}))
         return cohort
 
     def refuse(self, plan: Plan) -> None:
@@ -187,7 +200,7 @@ class Station:
         self._put(Release("status", {"word": "started"}), topic="started")
 
     def ledger(self) -> Ledger:
-        """What was spent here, checked as a whole now and whenever it is used.
+        """What was spent here. All of it is checked now, and again whenever something is asked of it.
 
         Raises
         ------
@@ -196,8 +209,6 @@ class Station:
         """
         if self._ledger is None:
             self._ledger = Ledger.open(self.folder, self._secret, self._anchor)
-        else:
-            self._ledger.require_whole()
         return self._ledger
 
     def recover_ledger(self) -> int:
@@ -251,7 +262,7 @@ class Station:
                 with _in_a_word():
                     stored = ledger.find(question)
                 if stored is not None:
-                    self._audit_answer(question, stored, again=True)
+                    self._audit_answer(question, len(stored), hashlib.sha256(stored).hexdigest(), again=True)
                     return stored
                 self.busy_with = question
                 return self._new_answer(ask, ledger)
@@ -284,10 +295,11 @@ class Station:
             releases = exact_releases(trainer, cohort, ask, site=self.name, on_progress=told)
         else:
             releases = noised_releases(trainer, cohort, ask, cost=cost, reservation=reservation, on_progress=told)
-        answer = self._gate.release(question, releases, is_private=plan.privacy is not None)
-        ledger.settle(reservation, question, answer, audit=self.audit.head)
-        self._audit_answer(question, answer, again=False, released={r.kind: _n_values(r) for r in releases})
-        return answer
+        passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
+        released = noted(self.folder, passed.manifest)
+        sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)
+        self._audit_answer(question, len(passed.answer), sha256, again=False, released=released)
+        return passed.answer
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
         """A word in place of an answer, once the audit has it."""
@@ -295,12 +307,11 @@ class Station:
         self.audit.write("refusal", word=word, **_facts(question))
         return refusal
 
-    def _audit_answer(self, question: Question, answer: bytes, **facts: Any) -> None:
-        sha256 = hashlib.sha256(answer).hexdigest()
-        self.audit.write("answer", n_bytes=len(answer), sha256=sha256, **_facts(question), **facts)
+    def _audit_answer(self, question: Question, n_bytes: int, sha256: str, **facts: Any) -> None:
+        self.audit.write("answer", n_bytes=n_bytes, sha256=sha256, **_facts(question), **facts)
 
-    def _decided(self, sha256: str, word: StatusWord) -> None:
-        self.audit.write(word, plan=sha256, by_uid=os.getuid())
+    def _decided(self, sha256: str, word: StatusWord, **facts: Any) -> None:
+        self.audit.write(word, plan=sha256, by_uid=os.getuid(), **facts)
         self._tell(word, sha256, self._plans.run_of(sha256))
 
     def _tell(self, word: StatusWord, sha256: str, run: str) -> None:
@@ -311,6 +322,8 @@ class Station:
         if not self._plans.pinned:
             return
         notice = self._gate.notice(release, plan_sha256=plan_sha256, run=run)
+        if notice is None:
+            return
         self.audit.write("notice", **notice.model_dump(mode="json"))
         Outbox(self.folder).put(notice.encode(), topic=topic)
 
@@ -352,7 +365,10 @@ class Station:
         if agreed is None:
             raise _RefusedError("unknown-plan")
         policy = self.config.permits
-        cost = cost_of(plan, agreed.declared_size, Spent(), lifetime_cap=policy.lifetime_epsilon, agreed=agreed)
+        cost = self._costs.get(agreed)
+        if cost is None:
+            cost = cost_of(plan, agreed.declared_size, Spent(), lifetime_cap=policy.lifetime_epsilon, agreed=agreed)
+            self._costs[agreed] = cost
         decision = policy.at_round(plan, cost, question.round, datetime.now())
         if isinstance(decision, Refused):
             log.warning("%s: %s", self.name, decision.error)
@@ -431,8 +447,3 @@ def _facts(question: Question | None) -> dict[str, Any]:
     if question is None:
         return {}
     return {"run": question.run, "round": question.round, "kind": question.kind, "plan": question.plan_sha256}
-
-
-def _n_values(release: Release) -> int:
-    """How many numbers leave in a release."""
-    return sum(int(np.size(value)) for value in release.value.values())

@@ -66,11 +66,10 @@ def noised_releases(
     if reservation is None:
         return []
     question = ask.question
-    releases = [
-        Release(
-            "cost", {"epsilon": reservation.epsilon, "delta": cost.delta, "declared_size": float(cost.declared_size)}
-        )
-    ]
+    price = {"epsilon": reservation.epsilon, "delta": cost.delta, "declared_size": cost.declared_size}
+    if cost.image_epsilon is not None:
+        price["image_epsilon"] = cost.image_epsilon
+    releases = [Release("cost", price)]
     if question.kind == "test":
         metrics = noised_metrics(trainer, ask.weights, cohort, "test", cost.declared_size)
         return [*releases, Release("metric", metrics, is_noised=True)]

@@ -6,6 +6,7 @@ told the operator's folder and the run, and finds everything else there.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -97,9 +98,10 @@ app = ServerApp()
 @app.main()
 def carry_out_run(grid: Grid, context: Context) -> None:
     """Carry out the run that the configuration names."""
-    from server.bundle import FOLDER_KEY, RUN_KEY
+    from server.bundle import RUN_KEY
     from server.consortium import Consortium
     from server.runs import carry_out
+    from server.superlink import FOLDER_VARIABLE
 
-    folder = Path(str(context.run_config[FOLDER_KEY]))
+    folder = Path(os.environ[FOLDER_VARIABLE])
     carry_out(OneByOne(grid), Consortium(folder), str(context.run_config[RUN_KEY]))

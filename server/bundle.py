@@ -10,9 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
 
-FOLDER_KEY = "federad-folder"
 RUN_KEY = "federad-run"
-"""What the configuration of a run carries: where the operator's folder lies, and federad's own id of the run."""
+"""What the configuration of a run carries, to the sites as well: federad's own id of the run."""
 
 _PROJECT = """\
 [project]
@@ -30,7 +29,6 @@ serverapp = "server.app:app"
 clientapp = "client.app:app"
 
 [tool.flwr.app.config]
-{folder} = ""
 {run} = ""
 """
 
@@ -60,7 +58,7 @@ def make_bundle() -> Bundle:
 
     installed = version("federad")
     files = {
-        "pyproject.toml": _PROJECT.format(version=installed, folder=FOLDER_KEY, run=RUN_KEY).encode(),
+        "pyproject.toml": _PROJECT.format(version=installed, run=RUN_KEY).encode(),
         "README.md": _README.format(version=installed).encode(),
     }
     return Bundle(build_fab_from_files(files)[0])

@@ -82,15 +82,20 @@ class Journal:
             row = db.execute("SELECT text FROM identity").fetchone()
         return RunIdentity(**json.loads(row[0])) if row else None
 
-    def commit(self, round_: int, record: dict[str, Any], weights: Weights) -> None:
-        """Make a round durable: its weights first, then its record.
+    def commit(self, round_: int, record: dict[str, Any], weights: Weights, average: Weights | None = None) -> None:
+        """Make a round durable: its weights first, with the average over rounds where there is one, then its record.
 
         Raises
         ------
         FederadError
             S198 if the disk is full or cannot be written; the rounds before stay as they are.
         """
-        path = self.weights_path(round_)
+        self._keep(self.weights_path(round_), round_, weights)
+        if average is not None:
+            self._keep(self.average_path(round_), round_, average)
+        self.amend(round_, record)
+
+    def _keep(self, path: Path, round_: int, weights: Weights) -> None:
         temporary = path.with_suffix(".part")
         with _written():
             with temporary.open("wb") as stream:
@@ -99,7 +104,6 @@ class Journal:
                 os.fsync(stream.fileno())
             temporary.replace(path)
             _sync_folder(self._folder)
-        self.amend(round_, record)
 
     def amend(self, round_: int, record: dict[str, Any]) -> None:
         """Write a round's record, or what became known of it later (its weights are validated in the next round)."""
@@ -116,8 +120,21 @@ class Journal:
         """The weights after a round that was kept."""
         return decode(self.weights_path(round_).read_bytes())[0]
 
+    def average(self, round_: int) -> Weights | None:
+        """The average over the rounds up to one that was kept; None in plans that do not release it."""
+        path = self.average_path(round_)
+        return decode(path.read_bytes())[0] if path.exists() else None
+
     def committed_weights(self, round_: int, sha256: str) -> Weights:
-        """The weights after a round, which must be those that its record names.
+        """The weights after a round, which must be those that its record names."""
+        return self._committed(self.weights_path(round_), round_, sha256)
+
+    def committed_average(self, round_: int, sha256: str) -> Weights:
+        """The average over the rounds up to one, which must be the one that its record names."""
+        return self._committed(self.average_path(round_), round_, sha256)
+
+    def _committed(self, path: Path, round_: int, sha256: str) -> Weights:
+        """What a round's record names.
 
         Raises
         ------
@@ -125,34 +142,38 @@ class Journal:
             S197 if the file is missing or damaged.
         """
         try:
-            weights = self.weights(round_)
+            weights = decode(path.read_bytes())[0]
             why = "" if weights_sha256(weights) == sha256 else "they are not the ones that were committed"
         except OSError as error:
-            why = f"{self.weights_path(round_).name} cannot be read ({error.strerror})"
+            why = f"{path.name} cannot be read ({error.strerror})"
         except FederadError as error:
-            why = f"{self.weights_path(round_).name} is damaged ({error.code})"
+            why = f"{path.name} is damaged ({error.code})"
         if why:
             raise FederadError(
                 "S197",
                 happened=f"The weights after round {round_} cannot be used: {why}.",
                 because="A run goes on from its last committed round, bit for bit, or not at all.",
                 remedies=(
-                    f"restore {self.weights_path(round_).name} and journal.sqlite together from a backup",
+                    f"restore {path.name} and journal.sqlite together from a backup",
                     "or start the plan again as a new run",
                 ),
             )
         return weights
 
     def keep_only(self, *rounds: int) -> None:
-        """Drop the weights of all rounds but these."""
-        kept = {self.weights_path(round_) for round_ in rounds}
-        for path in self._folder.glob("round-*.safetensors"):
+        """Drop the weights of all rounds but these, and their averages."""
+        kept = {path(round_) for round_ in rounds for path in (self.weights_path, self.average_path)}
+        for path in (*self._folder.glob("round-*.safetensors"), *self._folder.glob("average-*.safetensors")):
             if path not in kept:
                 path.unlink()
 
     def weights_path(self, round_: int) -> Path:
         """Where the weights after a round lie."""
         return self._folder / f"round-{round_:05d}.safetensors"
+
+    def average_path(self, round_: int) -> Path:
+        """Where the average over the rounds up to one lies, for plans that release it."""
+        return self._folder / f"average-{round_:05d}.safetensors"
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:

@@ -32,6 +32,7 @@ from shared_models.release import (
     Manifest,
     Release,
     ReleasedFile,
+    SitePrivacy,
     make_durable,
     new_release,
     verify_folder,
@@ -79,6 +80,7 @@ class Registry:
         key: Ed25519PrivateKey,
         *,
         consortium: str,
+        cost: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Release:
         """Release the weights of one of a run's rounds. Published twice, it is the same release.
 
@@ -92,6 +94,8 @@ class Registry:
             The operator's, with which plans are signed, too.
         consortium
             Name of the consortium, which is signed with the rest.
+        cost
+            Under ``[privacy]``: what the run has cost a patient of each site (``Outcome.cost``).
 
         Promise
             Killed at any moment, it leaves the whole release or none; the next call finishes what was begun.
@@ -103,7 +107,7 @@ class Registry:
             released already and that release is not whole any more.
         """
         from shared_models.task import task_for
-        from shared_models.weights import encode
+        from shared_models.weights import encode, weights_sha256
 
         released = _record_of(plan, weights, records)
         data = encode(weights, json.dumps({"plan_sha256": plan.sha256, "run": run}, sort_keys=True))
@@ -116,7 +120,7 @@ class Registry:
             plan_sha256=plan.sha256,
             plan=json.loads(plan.canonical_json()),
             model_sha256=sha256,
-            weights_sha256=str(released["weights_sha256"]),
+            weights_sha256=weights_sha256(weights),
             parameters=sum(array.size for array in weights.values()),
             intended_use=_intended_use(plan),
             limits=_limits(plan, sites),
@@ -124,7 +128,7 @@ class Registry:
             released_round=int(released["round"]),
             rounds=tuple(_card_round(plan, record) for record in records),
             test=_known(plan, sites.mean),
-            sites=_card_sites(plan, released, records, sites),
+            sites=_card_sites(plan, released, records, sites, cost or {}),
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
         files = {
@@ -252,7 +256,7 @@ def _record_of(plan: Plan, weights: Weights, records: Sequence[Mapping[str, Any]
     if name := next((name for name, array in weights.items() if not np.isfinite(array).all()), ""):
         raise _unfit(f"{name} holds values that are not finite")
     digest = weights_sha256(weights)
-    of_round = [record for record in records if record["weights_sha256"] == digest]
+    of_round = [record for record in records if digest in (record["weights_sha256"], record.get("average_sha256"))]
     if not of_round:
         raise _unfit(f"none of the {len(records)} committed rounds has these weights")
     return of_round[-1]
@@ -287,12 +291,19 @@ def _card_round(plan: Plan, record: Mapping[str, Any]) -> CardRound:
 
 
 def _card_sites(
-    plan: Plan, released: Mapping[str, Any], records: Sequence[Mapping[str, Any]], sites: Measured
+    plan: Plan,
+    released: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    sites: Measured,
+    cost: Mapping[str, Mapping[str, float]],
 ) -> tuple[CardSite, ...]:
     """Every site that took part in the released weights or measured them, by name."""
     until = [record for record in records if record["round"] <= released["round"]]
     names = (
-        {name for record in until for name in record["replied"]} | released["per_site"].keys() | sites.per_site.keys()
+        {name for record in until for name in record["replied"]}
+        | released["per_site"].keys()
+        | sites.per_site.keys()
+        | cost.keys()
     )
     return tuple(
         CardSite(
@@ -300,7 +311,8 @@ def _card_sites(
             rounds=sum(name in record["replied"] for record in until),
             validation=_known(plan, released["per_site"].get(name)),
             test=_known(plan, sites.per_site.get(name)),
-            test_patients=sites.patients.get(name),
+            test_patients=sites.patients.get(name) if plan.privacy is None else None,
+            privacy=SitePrivacy.of(cost[name]) if name in cost else None,
         )
         for name in sorted(names)
     )
@@ -323,20 +335,35 @@ def _limits(plan: Plan, sites: Measured) -> tuple[str, ...]:
     if not n_sites:
         said.append("Nobody has tested it: no site of the run had test patients.")
     else:
+        tested = _count(n_patients, "patient") if plan.privacy is None else "patients, whose number stays there,"
         said.append(
-            f"It was tested on {_count(n_patients, 'patient')} of {_count(n_sites, 'site')}, all of them from hospitals "
-            "of this run. How it does on a scanner or at a hospital outside of it is not known."
+            f"It was tested on {tested} of {_count(n_sites, 'site')}, all of them from hospitals of this run. How it does "
+            "on a scanner or at a hospital outside of it is not known."
         )
-        if n_patients < FEW_PATIENTS:
+        if plan.privacy is None and n_patients < FEW_PATIENTS:
             said.append("So few test patients do not tell a good model from a lucky one.")
-    said.append(
-        "It was trained without differential privacy. Weights and metrics can reveal something about single patients, so "
-        "hand it on only to those whom the hospitals' agreement names."
-    )
+    said.append(_privacy_limit(plan))
     said.append(
         "Images must be prepared as the plan says: another orientation, spacing or normalisation gives other output."
     )
     return tuple(said)
+
+
+def _privacy_limit(plan: Plan) -> str:
+    if plan.privacy is None:
+        return (
+            "It was trained without differential privacy. Weights and metrics can reveal something about single patients, "
+            "so hand it on only to those whom the hospitals' agreement names."
+        )
+    if plan.privacy.unit == "image":
+        return (
+            "Its noise was made to hide single images, not patients: for a patient the larger epsilon below holds, which "
+            "may be no protection at all."
+        )
+    return (
+        "Its privacy holds for one patient of one site. For a person known to several sites the epsilons below add up. "
+        "Metrics have noise, too: small differences between sites may be noise alone."
+    )
 
 
 def page(card: Card) -> str:
@@ -370,8 +397,7 @@ def page(card: Card) -> str:
         _how_chosen(card),
         _table(("site", *names), [(s.name, *_values(s.validation, names)) for s in card.sites]),
         "## Privacy",
-        "No differential privacy: the plan has no table `[privacy]`. What that means stands among the limits above.",
-        _table(("site", "privacy"), [(s.name, "none") for s in card.sites]),
+        *_privacy_part(card),
         "## Rounds",
         _table(
             ("round", "sites", "training loss", *names),
@@ -383,8 +409,28 @@ def page(card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+_PRICE = ("epsilon", "delta", "image_epsilon", "declared_size")
+
+
+def _privacy_part(card: Card) -> list[str]:
+    if card.plan.get("privacy") is None:
+        return [
+            "No differential privacy: the plan has no table `[privacy]`. What that means stands among the limits above."
+        ]
+    spent = {site.name: site.privacy.model_dump() if site.privacy else {} for site in card.sites}
+    rows = [(site, *(_shown(of.get(key)) for key in _PRICE)) for site, of in spent.items()]
+    return [
+        "What the whole run, metrics included, has cost one patient of each site, as the site reckons it: adding or "
+        "removing that patient changes the odds of anything the site released in this run by at most this much.",
+        _table(("site", "epsilon of a patient", "delta", "epsilon of an image", "declared number"), rows),
+    ]
+
+
 def _how_chosen(card: Card) -> str:
-    if card.plan["strategy"].get("release", "best") == "last":
+    chosen = card.plan["strategy"].get("release", "best")
+    if chosen == "averaged":
+        return "The plan releases the average over its rounds; these figures are of the last round's own weights."
+    if chosen == "last":
         return "The plan releases its last round, whatever these figures are."
     return "They chose the round that was released, so these figures are a little too good."
 

@@ -10,6 +10,7 @@ from typing import Any
 from server.rounds import Outcome
 from shared_models.noised import NoisedMeans
 from shared_models.plan import Plan
+from shared_models.release import SitePrivacy
 from shared_models.task import task_for
 from shared_models.weights import weights_sha256
 
@@ -27,7 +28,7 @@ def result_of(plan: Plan, outcome: Outcome) -> dict[str, Any]:
     return {
         "rounds": [asdict(record) for record in outcome.records],
         "best_round": outcome.best_round,
-        "released": "best" if plan.strategy.release == "best" and validated else "last",
+        "released": "last" if plan.strategy.release == "best" and not validated else plan.strategy.release,
         "test": _test(plan, outcome),
         "privacy": _privacy(plan, outcome.cost),
         "weights_sha256": weights_sha256(outcome.last),
@@ -62,7 +63,4 @@ def _intervals(plan: Plan, mean: Mapping[str, float], declared: Mapping[str, int
 def _privacy(plan: Plan, cost: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]] | None:
     if plan.privacy is None:
         return None
-    return {
-        site: {"unit": plan.privacy.unit, **spent, "declared_size": int(spent["declared_size"])}
-        for site, spent in cost.items()
-    }
+    return {site: SitePrivacy.of(spent).model_dump(exclude_none=True) for site, spent in cost.items()}

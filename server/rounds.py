@@ -34,7 +34,7 @@ from shared_models.messages import Answer, Ask, AskKind, Question, decode_answer
 from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, trouble_in, unpack
 from shared_models.plan import Plan
 from shared_models.task import task_for
-from shared_models.weights import Weights, difference, weights_sha256
+from shared_models.weights import Weights, averaged, difference, weights_sha256
 
 if TYPE_CHECKING:
     from server.depot import Depot
@@ -97,6 +97,8 @@ class RoundRecord:
     """Under ``[privacy]``: what the run has cost a patient of each site so far, as the site reckons."""
 
     weights_sha256: str = ""
+    average_sha256: str | None = None
+    """Of the average over the rounds so far, in plans that release it."""
 
 
 @dataclass(frozen=True)
@@ -379,6 +381,7 @@ class Rounds:
         self._headline, self._metrics = task.headline, tuple(task.metrics)
         self._records: list[RoundRecord] = []
         self._best: tuple[float, int] = (-np.inf, 0)
+        self._average: Weights | None = None
         self._cost: dict[str, dict[str, float]] = {}
 
     def run(self) -> Outcome:
@@ -397,7 +400,10 @@ class Rounds:
             self._train(number)
         self._note_validation(self._measure("validate", self.plan.rounds, self._weights))
         best_round = self._best_round()
-        best = self._weights if best_round == self.plan.rounds else self._journal.weights(best_round)
+        if self._average is not None:
+            best = self._average
+        else:
+            best = self._weights if best_round == self.plan.rounds else self._journal.weights(best_round)
         tested = self._measure("test", best_round, best)
         return Outcome(self._records, best_round, best, self._weights, tested, dict(sorted(self._cost.items())))
 
@@ -453,6 +459,8 @@ class Rounds:
         last = self._records[-1]
         self._cost = dict(last.cost)
         self._weights = self._journal.committed_weights(last.round, last.weights_sha256)
+        if last.average_sha256 is not None:
+            self._average = self._journal.committed_average(last.round, last.average_sha256)
         for record in self._records[:-1]:  # the last round's weights are validated again, with the next question
             self._note_best(record)
         self._on_progress(Progress("resumed", last.round))
@@ -473,6 +481,8 @@ class Rounds:
         self._note_validation(self._measured(answers))
         self._require_minimum(exchange, number)
         self._weights = self._strategy.step(self._weights, mean.mean())
+        if (decay := self.plan.strategy.average_decay) is not None:
+            self._average = averaged(self._average, self._weights, number, decay)
         record = RoundRecord(
             number,
             seconds=round(time.monotonic() - began, 3),
@@ -482,9 +492,10 @@ class Rounds:
             missing=sorted(exchange.missing),
             training_loss=_weighted_mean([losses[site] for site in sorted(losses)]),
             weights_sha256=weights_sha256(self._weights),
+            average_sha256=weights_sha256(self._average) if self._average is not None else None,
         )
         self._records.append(record)
-        self._journal.commit(number, asdict(record), self._weights)
+        self._journal.commit(number, asdict(record), self._weights, self._average)
         self._journal.keep_only(number, number - 1, self._best[1])
         self._on_progress(Progress("committed", number))
 
@@ -498,7 +509,9 @@ class Rounds:
         return _measured(answers)
 
     def _exchange(self, kind: AskKind, number: int, weights: Weights) -> Exchange:
-        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, weights_sha256(weights)), weights)
+        known = weights is self._weights and self._records and self._records[-1].weights_sha256
+        sha256 = known or weights_sha256(weights)
+        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, sha256), weights)
 
     def _note_validation(self, measured: Measured) -> None:
         """Write down what the sites measured of the newest round's weights."""
@@ -520,7 +533,7 @@ class Rounds:
 
     def _best_round(self) -> int:
         """The round whose weights are released; the last one where nobody has validation patients."""
-        return self.plan.rounds if self.plan.strategy.release == "last" else self._best[1] or self.plan.rounds
+        return self._best[1] or self.plan.rounds if self.plan.strategy.release == "best" else self.plan.rounds
 
     def _require_minimum(self, exchange: Exchange, number: int) -> None:
         if len(exchange.replied) >= self.plan.strategy.minimum_sites:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import uuid4
 
-from server.bundle import FOLDER_KEY, RUN_KEY, make_bundle
+from server.bundle import RUN_KEY, make_bundle
 from server.consortium import Consortium, RunRow
 from server.superlink import SuperLink
 from shared_models.consortium import Document
@@ -200,7 +200,8 @@ def order_run(consortium: Consortium, superlink: SuperLink, plan: Plan, seed: in
     Raises
     ------
     FederadError
-        S190 if the server is not running, S196 if fewer sites than the plan's minimum are asked for.
+        S190 if the server is not running, S196 if fewer sites than the plan's minimum are asked for, S200 if the plan
+        begins at a model that was never released here.
     """
     minimum = plan.strategy.minimum_sites
     if wait_for is not None and wait_for < minimum:
@@ -211,6 +212,8 @@ def order_run(consortium: Consortium, superlink: SuperLink, plan: Plan, seed: in
             remedies=(f"--sites {minimum} or more", "or agree on a plan with a lower minimum_sites under [strategy]"),
         )
     require_running(superlink)
+    if plan.strategy.start is not None:
+        _released(consortium, plan.strategy.start)
     run = f"{plan.name[:LONGEST_NAME]}-{uuid4().hex[:12]}"
     folder = RunFolder(consortium.folder, run)
     folder.create(plan, Order(wait_for=wait_for or minimum))
@@ -284,7 +287,7 @@ def require_running(superlink: SuperLink) -> None:
 
 def _launch(consortium: Consortium, superlink: SuperLink, run: str) -> None:
     consortium.set_run_state(run, "starting", "")
-    config = {FOLDER_KEY: str(consortium.folder.absolute()), RUN_KEY: run}
+    config = {RUN_KEY: run}
     flower_run_id = superlink.start_run(make_bundle(), config)
     consortium.set_run_state(run, "starting", flower_run_id)
 
@@ -349,8 +352,7 @@ def _order_for(grid: Grid, consortium: Consortium, run: str, timeout_s: float = 
 def _rounds(grid: Grid, consortium: Consortium, row: RunRow, folder: RunFolder) -> Outcome:
     from server.roster import ApprovedRoster
     from server.rounds import RETURN_S, Progress, Rounds
-    from shared_models.task import task_for
-    from shared_models.weights import initial_weights
+    from shared_models.start import first_weights
 
     superlink = SuperLink(consortium.folder)
     roster = ApprovedRoster(grid, consortium, row.plan.sha256, superlink.n_starts)
@@ -370,11 +372,18 @@ def _rounds(grid: Grid, consortium: Consortium, row: RunRow, folder: RunFolder) 
         folder.journal,
         run=row.run,
         seed=row.seed,
-        weights=initial_weights(task_for(row.plan).build_network, row.seed),
+        weights=first_weights(row.plan, row.seed, lambda sha256: _released(consortium, sha256).read_bytes()),
         roster=roster,
         depot=consortium.depot,
         on_progress=folder.note,
     ).run()
+
+
+def _released(consortium: Consortium, sha256: str) -> Path:
+    """A released file of this consortium; S200 if there is none with this SHA-256."""
+    from server.registry import FOLDER, Registry
+
+    return Registry(consortium.folder / FOLDER).path(sha256)
 
 
 def _leave(consortium: Consortium, folder: RunFolder, state: State, error: dict[str, Any]) -> None:
@@ -398,6 +407,7 @@ def _publish(consortium: Consortium, folder: RunFolder, row: RunRow, outcome: Ou
         outcome.test,
         consortium.plan_key,
         consortium=consortium.config.name,
+        cost=outcome.cost,
     )
 
 

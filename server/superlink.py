@@ -37,6 +37,9 @@ LOOPBACK_DAYS = 3650
 TASK_POLL_S = 0.25
 """How often the SuperExec looks for a ServerApp to start [s]."""
 
+FOLDER_VARIABLE = "FEDERAD_OPERATOR"
+"""Tells a ServerApp where the operator's folder lies; the configuration of a run would carry that to the sites."""
+
 READY_S = 120.0
 """How long a SuperLink may take to answer on a busy machine [s]."""
 
@@ -125,7 +128,11 @@ class SuperLink:
 
     def processes(self) -> list[Child]:
         """The SuperLink and its SuperExec."""
-        env = environment(FLWR_HOME=str(self.home), FLWR_SUPEREXEC_TASK_POLL_INTERVAL=str(TASK_POLL_S))
+        env = environment(
+            FLWR_HOME=str(self.home),
+            FLWR_SUPEREXEC_TASK_POLL_INTERVAL=str(TASK_POLL_S),
+            **{FOLDER_VARIABLE: str(self._folder)},
+        )
         ca, secret = str(self.home / "loopback-ca.crt"), str(self.home / "superexec.secret")
         superlink = [
             _program("flower-superlink"),

@@ -44,6 +44,7 @@ TITLES: dict[str, str] = {
     "C163": "the command cannot be carried out",
     "C176": "the table of labels cannot be used",
     "C177": "only one of the plan's labels occurs at this site",
+    "C178": "the plan begins at a model of which the ledger knows nothing",
     "C179": "a backup cannot be used",
     "C164": "the ledger cannot be written",
     "C165": "the ledger is missing",

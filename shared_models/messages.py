@@ -68,6 +68,10 @@ class Ask:
     weights: Weights
 
 
+COST = frozenset({"epsilon", "delta", "declared_size"})
+"""What a cost says, where there is one."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What passed a site's gate for one question."""
@@ -88,7 +92,7 @@ class Answer:
 
     cost: Mapping[str, float] = field(default_factory=dict)
     """Under ``[privacy]``: ``epsilon`` and ``delta`` of the run so far for a patient, and the ``declared_size`` they follow
-    from. Arithmetic on public numbers."""
+    from; also ``image_epsilon``, of the whole run, if the plan's unit is one image. Arithmetic on public numbers."""
 
 
 def encode_ask(ask: Ask) -> bytes:
@@ -148,6 +152,8 @@ def decode_answer(data: bytes) -> Answer:
         raise _unreadable("a count is not a whole number")
     if not isinstance(cost, dict) or not all(_is_finite(v) for v in cost.values()):
         raise _unreadable("a cost is not a finite number")
+    if cost and not COST <= cost.keys() <= COST | {"image_epsilon"}:
+        raise _unreadable("a cost lacks one of its figures, or has another")
     return Answer(site, question, refusal, update, metrics, counts, cost)
 
 

@@ -173,14 +173,57 @@ class StrategyTable(_Table):
         le=1000,
         description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)',
     )
-    release: Literal["best", "last"] = Field(
+    release: Literal["best", "last", "averaged"] = Field(
         default="best",
-        description='the model that is tested and released: "best" by validation, or the "last", as a falling schedule '
-        "wants where few patients validate, and as [privacy] demands",
+        description='the model that is tested and released: "best" by validation; the "last", as a falling schedule wants '
+        'where few patients validate; or "averaged" over rounds. [privacy] demands one of the latter two',
+    )
+    average_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description='for release = "averaged" only: how much of the average stays from one round to the next, such as 0.9',
+    )
+    start: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="SHA-256 of the model.safetensors at which training begins; leave it out for fresh weights",
+    )
+    start_run: str | None = Field(
+        default=None,
+        pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$",
+        description="the run that made the model named by start; with [privacy] a site looks it up in its ledger",
     )
     max_update_norm: float = Field(
         default=1000.0, gt=0, le=1e5, description="an update with a larger L2 norm is refused, up to 1e5"
     )
+
+    @model_validator(mode="after")
+    def _run_of_start(self) -> Self:
+        if self.start_run is not None and self.start is None:
+            raise _ContradictionError(
+                "strategy.start_run",
+                f'start_run = "{self.start_run}" without start',
+                "It says which run made the model at which training begins, and training begins at fresh weights.",
+                "add start, the SHA-256 of its model.safetensors, or remove start_run",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average(self) -> Self:
+        if (self.release == "averaged") != (self.average_decay is not None):
+            raise _ContradictionError(
+                "strategy.average_decay",
+                f'release = "{self.release}" '
+                + (
+                    "without average_decay"
+                    if self.average_decay is None
+                    else f"with average_decay = {self.average_decay:g}"
+                ),
+                "The average of a run needs a decay, and nothing else uses one.",
+                'set both under [strategy], for example release = "averaged" and average_decay = 0.9, or neither',
+            )
+        return self
 
     @model_validator(mode="after")
     def _proximal_term(self) -> Self:
@@ -343,12 +386,12 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _private_release(self) -> Self:
-        if self.privacy is not None and self.strategy.release != "last":
+        if self.privacy is not None and self.strategy.release == "best":
             raise _ContradictionError(
                 "strategy.release",
                 'release = "best" with [privacy]',
                 "The best model is chosen by exact measurements of patients, which no noise hides.",
-                'set release = "last" under [strategy]',
+                'set release = "last" under [strategy], or "averaged" with average_decay',
             )
         return self
 

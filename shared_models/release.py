@@ -17,11 +17,11 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import uuid4
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -95,6 +95,31 @@ class CardRound(Document):
     validation: dict[str, float] | None = None
 
 
+class SitePrivacy(Document):
+    """What a run has cost a patient of one site, as the site reckons it."""
+
+    unit: Literal["patient"] = "patient"
+    """Whom ``epsilon`` protects: one patient with all images, whatever the plan's noise was made for."""
+
+    epsilon: float
+    delta: float
+    declared_size: int
+    """Public number of patients from whom training draws; of images where the plan's unit is one image."""
+
+    image_epsilon: float | None = None
+    """What an image-level plan is for one image: the smaller figure, which does not protect patients."""
+
+    @classmethod
+    def of(cls, spent: Mapping[str, float]) -> Self:
+        """What a site said of the cost (:attr:`~shared_models.messages.Answer.cost`)."""
+        return cls(
+            epsilon=spent["epsilon"],
+            delta=spent["delta"],
+            declared_size=int(spent["declared_size"]),
+            image_epsilon=spent.get("image_epsilon"),
+        )
+
+
 class CardSite(Document):
     """One hospital's part in the model."""
 
@@ -109,8 +134,10 @@ class CardSite(Document):
     """Means over its test patients, who were used for nothing else."""
 
     test_patients: int | None = None
-    privacy: None = None
-    """What its patients' privacy has cost. Always null: this version trains no plan with ``[privacy]``."""
+    """How many they are; null under ``[privacy]``, where the number stays at the site."""
+
+    privacy: SitePrivacy | None = None
+    """What the whole run has cost its patients in privacy; null for a plan without ``[privacy]``."""
 
 
 class Card(Document):

@@ -84,6 +84,27 @@ def initial_weights(build: object, seed: int) -> Weights:
         return weights_of(build())
 
 
+def averaged(average: Weights | None, weights: Weights, number: int, decay: float) -> Weights:
+    """The exponential moving average after one more round, corrected for its start (Kingma and Ba 2015, section 3).
+
+    Parameters
+    ----------
+    average
+        After ``number - 1`` rounds; None before the first.
+    weights
+        After round ``number``, which counts from 1.
+    decay
+        Share of the average that stays, above 0 and below 1.
+    """
+    if average is None:
+        return weights
+    share = (1 - decay) / (1 - decay**number)
+    return {
+        name: (old + share * (weights[name].astype(np.float64) - old)).astype(np.float32)
+        for name, old in average.items()
+    }
+
+
 def weights_sha256(weights: Mapping[str, NDArray[np.float32]]) -> str:
     """SHA-256 over names, shapes and values, 64 hex digits; independent of the order of the names."""
     digest = hashlib.sha256()

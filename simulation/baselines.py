@@ -18,9 +18,10 @@ from client.data.cohort import Cohort, Patient
 from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
 from shared_models.plan import Plan
+from shared_models.start import first_weights
 from shared_models.task import Picture
 from shared_models.volume import Volume
-from shared_models.weights import Weights, decode, encode, initial_weights
+from shared_models.weights import Weights, averaged, decode, encode
 from simulation.processes import process_pool
 from simulation.stations import SiteFolder, cohort_of
 
@@ -72,14 +73,19 @@ class TestPatient:
     study: str
 
 
-def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str) -> Weights:
+def train_alone(
+    trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str, start: Path | None = None
+) -> Weights:
     """The weights that the plan's ``release`` chooses among its rounds on one cohort; the last without validation."""
-    weights = initial_weights(trainer.task.build_network, seed)
+    weights = first_weights(plan, seed, lambda _: start.read_bytes() if start else b"")
     best, best_value = weights, float("-inf")
     chooses = plan.strategy.release == "best" and bool(cohort.patients("validation"))
+    average: Weights | None = None
     for round_ in range(1, plan.rounds + 1):
         update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
         weights = {key: weights[key] + update[key] for key in weights}
+        if (decay := plan.strategy.average_decay) is not None:
+            average = averaged(average, weights, round_, decay)
         if chooses:
             measured = trainer.task.summary(list(trainer.measure(weights, cohort, "validation").values()))
             value = measured.get(trainer.task.headline, float("-inf"))
@@ -87,7 +93,7 @@ def train_alone(trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, 
             value = float(round_)
         if value > best_value or best_value == float("-inf"):
             best, best_value = weights, value
-    return best
+    return best if average is None else average
 
 
 def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> dict[str, Any]:
@@ -100,17 +106,25 @@ def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Se
     return per_site
 
 
-def baseline(plan: Plan, sites: Sequence[SiteFolder], home: Sequence[SiteFolder], name: str, seed: int) -> Row:
+def baseline(
+    plan: Plan, sites: Sequence[SiteFolder], home: Sequence[SiteFolder], name: str, seed: int, start: Path | None = None
+) -> Row:
     """Train on the data of ``home`` alone and test at all ``sites``."""
     trainer = resident_trainer(plan, DEVICE)
     cohorts = [cohort_of(site, plan) for site in home]
     cohort = cohorts[0] if len(cohorts) == 1 else PooledCohort(cohorts)
-    weights = train_alone(trainer, cohort, plan, seed=seed, name=name)
+    weights = train_alone(trainer, cohort, plan, seed=seed, name=name, start=start)
     return Row(name, measure_everywhere(trainer, weights, plan, sites))
 
 
 def baselines(
-    plan: Plan, sites: Sequence[SiteFolder], *, seed: int, workers: int, on_done: Callable[[str], None]
+    plan: Plan,
+    sites: Sequence[SiteFolder],
+    *,
+    seed: int,
+    workers: int,
+    on_done: Callable[[str], None],
+    start: Path | None = None,
 ) -> list[Row]:
     """The central model and every site's own, the longest first; a site that cannot train has none."""
     able = [site for site in sites if cohort_of(site, plan).patients("train")]
@@ -118,12 +132,12 @@ def baselines(
     rows: list[Row] = []
     if workers == 1:
         for name, home in jobs:
-            rows.append(baseline(plan, sites, home, name, seed))
+            rows.append(baseline(plan, sites, home, name, seed, start))
             on_done(name)
         return rows
     with process_pool(min(workers, len(jobs))) as pool:
         futures: dict[Future[Row], str] = {
-            pool.submit(baseline, plan, sites, home, name, seed): name for name, home in jobs
+            pool.submit(baseline, plan, sites, home, name, seed, start): name for name, home in jobs
         }
         for future in as_completed(futures):
             rows.append(future.result())

@@ -50,6 +50,9 @@ def run(
     engine: Annotated[str, typer.Option("--engine", help="in-process, ray or deployment.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="The model.safetensors at which the plan begins, if it names one.")
+    ] = None,
     compare: Annotated[bool, typer.Option(help="Train the central and the local models too.")] = True,
     as_json: AsJson = False,
 ) -> None:
@@ -71,6 +74,7 @@ def run(
         data=data,
         seed=seed,
         execution=Execution(cast("Engine", engine), workers or usable_cpus(), out.absolute() / "deployment"),
+        start=start,
         compare=compare,
         command=command_line(),
     )

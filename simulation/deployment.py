@@ -195,7 +195,7 @@ def outcome_of(run: RunFolder) -> Outcome:
     return Outcome(
         records,
         best_round,
-        run.journal.weights(best_round),
+        run.journal.average(best_round) or run.journal.weights(best_round),
         run.journal.weights(records[-1].round),
         Measured(mean, per_site, patients),
         {site: {k: v for k, v in spent.items() if k != "unit"} for site, spent in (result["privacy"] or {}).items()},
@@ -206,7 +206,8 @@ def keep(run: RunFolder, journal: Journal) -> None:
     """Copy what was committed to the journal of the simulation, beside which a result is written."""
     for record in run.records():
         with contextlib.suppress(OSError):  # weights of older rounds are dropped
-            journal.commit(record["round"], record, run.journal.weights(record["round"]))
+            kept = record["round"], record, run.journal.weights(record["round"]), run.journal.average(record["round"])
+            journal.commit(*kept)
         journal.amend(record["round"], record)
 
 

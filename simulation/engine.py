@@ -18,8 +18,7 @@ from server.app import make_server_app
 from server.journal import Journal
 from server.rounds import Outcome, Progress, Rounds
 from shared_models.plan import Plan
-from shared_models.task import task_for
-from shared_models.weights import initial_weights
+from shared_models.start import first_weights
 
 Engine = Literal["in-process", "ray", "deployment"]
 
@@ -44,9 +43,12 @@ def run_rounds(
     *,
     seed: int,
     execution: Execution,
+    start: Path | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Outcome:
     """Run ``plan`` on the stations in these folders, which have approved it.
+
+    ``start`` is the file that a plan with ``strategy.start`` begins at.
 
     Raises
     ------
@@ -62,7 +64,7 @@ def run_rounds(
     run = f"{plan.name}-{uuid4().hex[:12]}"
 
     def rounds_on(grid: Grid) -> Rounds:
-        weights = initial_weights(task_for(plan).build_network, seed)
+        weights = first_weights(plan, seed, lambda _: start.read_bytes() if start else b"")
         return Rounds(plan, grid, journal, run=run, seed=seed, weights=weights, on_progress=on_progress)
 
     server_app = make_server_app(rounds_on, outcomes.append)

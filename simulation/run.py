@@ -72,6 +72,9 @@ class Request:
     sites_folder: Path | None = None
     """Where ``hospitals`` and ``stations`` lie, for runs one after the other on the same sites; None takes ``folder``."""
 
+    start: Path | None = None
+    """The model.safetensors at which a plan with ``strategy.start`` begins."""
+
     compare: bool = True
     """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
@@ -85,6 +88,26 @@ class Request:
     def __post_init__(self) -> None:
         if self.n_sites is not None and self.n_sites < 1:
             raise impossible(f"--sites {self.n_sites} asks for no site.", "A federation has at least one.", "--sites 4")
+        if (self.plan.strategy.start is None) != (self.start is None):
+            raise impossible(
+                "The plan begins at a model, and no file is given."
+                if self.start is None
+                else f"--start {self.start} names a model, and the plan begins at fresh weights.",
+                "A plan with start under [strategy] needs the file whose SHA-256 it names, and no other plan takes one.",
+                "--start DIR/model.safetensors with the one, no --start with the other",
+            )
+        if self.start is not None and not self.start.is_file():
+            raise impossible(
+                f"There is no file {self.start}.",
+                "The plan begins at the model in it.",
+                "--start DIR/model.safetensors of an earlier run, or of a release",
+            )
+        if self.start is not None and self.execution.engine == "deployment":
+            raise impossible(
+                "--engine deployment begins at fresh weights.",
+                "A consortium begins at models that it has released, and one that is staged for a run has none.",
+                "--engine in-process, or a consortium of your own: federad-server run",
+            )
 
 
 DEFAULT_SITES = 4
@@ -121,6 +144,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             journal,
             seed=request.seed,
             execution=request.execution,
+            start=request.start,
             on_progress=watcher.progress,
         )
         result |= report_outcome(request, folder, outcome)
@@ -291,6 +315,7 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
             seed=request.seed,
             workers=request.execution.workers,
             on_done=lambda name: watcher.step(detail=name),
+            start=request.start,
         ),
     ]
     own, elsewhere = local_means(rows, metric)

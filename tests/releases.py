@@ -63,9 +63,17 @@ MEASURED = Measured(
 
 
 def publish(
-    folder: Path, key: Ed25519PrivateKey, plan: Plan | None = None, *, run: str = "lesions-1", seed: int = 0
+    folder: Path,
+    key: Ed25519PrivateKey,
+    plan: Plan | None = None,
+    *,
+    run: str = "lesions-1",
+    seed: int = 0,
+    cost: dict[str, dict[str, float]] | None = None,
 ) -> Release:
     """Release weights drawn with ``seed``."""
     plan = plan or plan_of()
     weights = weights_for(plan, seed)
-    return Registry(folder).publish(plan, run, weights, records_of(weights), MEASURED, key, consortium=CONSORTIUM)
+    return Registry(folder).publish(
+        plan, run, weights, records_of(weights), MEASURED, key, consortium=CONSORTIUM, cost=cost
+    )

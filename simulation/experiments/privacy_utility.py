@@ -1,9 +1,9 @@
 """What privacy costs: Dice against epsilon, at hospitals of 200 and of 1000 patients.
 
 Every arm starts from one plan, ``plans/privacy-utility.toml``. Arms differ in epsilon and in the size of the hospitals;
-``patients_per_step`` is a fifth of it throughout, so all have the same sampling rate and the same number of steps. Without
-privacy the network is trained in the ordinary way, with the settings that suit it (:data:`WITHOUT_PRIVACY`). One arm more
-protects images in place of patients, and stands in the table with the epsilon that a patient has there.
+``patients_per_step`` is a twentieth of it throughout, so all have the same sampling rate and the same number of steps.
+Without privacy the network is trained in the ordinary way, with the settings that suit it (:data:`WITHOUT_PRIVACY`). One
+arm more protects images in place of patients, and stands in the table with the epsilon that a patient has there.
 
 The smaller hospitals hold the first patients of the larger ones, and every model is measured on the test patients of the
 larger, exactly: that is allowed because these patients are emulated (:func:`~simulation.baselines.measured_mean`).
@@ -26,17 +26,17 @@ SIZES = (1000, 200)
 
 EPSILONS = (math.inf, 8.0, 3.0, 1.0)
 
-SHARE_PER_STEP = 0.2
+SHARE_PER_STEP = 0.05
 """``patients_per_step`` over the patients of a hospital."""
 
-WITHOUT_PRIVACY = {"optimizer": "adamw", "learning_rate": 3e-3, "epochs": 1, "batch_size": 16}
-"""What the plan without ``[privacy]`` has under ``[training]``."""
+WITHOUT_PRIVACY = {"optimizer": "adamw", "learning_rate": 3e-3, "samples_per_patient": 2, "batch_size": 16}
+"""What the plan without ``[privacy]`` has under ``[training]``; it takes as many steps at small hospitals as at large."""
 
 WITHIN_NOISE = 0.01
 """Dice by which a mean over seeds may rise where epsilon falls, and the curve still counts as falling."""
 
-IMAGES_PER_PATIENT = 4
-"""Two studies of two slices, at most."""
+IMAGES_PER_PATIENT = 8
+"""Two studies of four slices, at most."""
 
 LARGEST = max(SIZES)
 
@@ -70,13 +70,13 @@ def evaluate(results: Results) -> dict[str, Any]:
         return [before - after for before, after in pairs]
 
     def line(size: int, epsilon: float) -> dict[str, Any]:
-        method = f"{size} patients a site, " + ("no privacy" if math.isinf(epsilon) else f"epsilon {epsilon:g}")
-        place = "none" if math.isinf(epsilon) else f"{epsilon:g}"
+        method = f"n = {size}, " + ("no privacy" if math.isinf(epsilon) else f"epsilon {epsilon:g}")
+        place = "∞" if math.isinf(epsilon) else f"{epsilon:g}"
         return row(method, "dice", SPLIT, dice(arm_name(size, epsilon)), line=f"{size} patients", at=place)
 
     for_patient = max(site["epsilon"] for result in results[IMAGE_LEVEL] for site in result["privacy"].values())
     image_level = row(
-        f"{LARGEST} patients a site, epsilon 8 for an image: {for_patient:.1f} for a patient",
+        f"n = {LARGEST}, image epsilon 8: {for_patient:.1f} for a patient",
         "dice",
         SPLIT,
         dice(IMAGE_LEVEL),
@@ -113,7 +113,7 @@ def evaluate(results: Results) -> dict[str, Any]:
     }
 
 
-SPLIT = f"test patients of the sites of {LARGEST}"
+SPLIT = f"test, sites of {LARGEST}"
 
 
 def _plan(base: Plan, size: int, epsilon: float) -> Plan:
@@ -122,7 +122,7 @@ def _plan(base: Plan, size: int, epsilon: float) -> Plan:
         raise ValueError("the plan has no [privacy]")
     simulated = base.simulation.model_copy(update={"patients": size})
     if math.isinf(epsilon):
-        training = base.training.model_copy(update=WITHOUT_PRIVACY)
+        training = base.training.model_copy(update={**WITHOUT_PRIVACY, "epochs": LARGEST // size})
         return base.model_copy(update={"simulation": simulated, "privacy": None, "training": training})
     privacy = base.privacy.model_copy(
         update={"epsilon": epsilon, "patients_per_step": round(SHARE_PER_STEP * size)},
@@ -131,7 +131,7 @@ def _plan(base: Plan, size: int, epsilon: float) -> Plan:
 
 
 def _image_level(plan: Plan) -> Plan:
-    """The same plan with images in place of patients: as large a share of them in each step."""
+    """The same plan with images in place of patients: as many of them in each step."""
     if plan.privacy is None:
         raise ValueError("the plan has no [privacy]")
     privacy = plan.privacy.model_copy(update={"unit": "image", "images_per_patient": IMAGES_PER_PATIENT})

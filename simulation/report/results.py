@@ -113,11 +113,15 @@ class Comparison(Part):
 class Budget(Part):
     """What one site spent of its privacy budget."""
 
-    unit: str
     epsilon: float
+    """Of one patient."""
+
     delta: float
     declared_size: int
-    """Public number of patients that its training draws from."""
+    """Public number of patients that its training draws from; of images where the plan's unit is one image."""
+
+    image_epsilon: float | None = None
+    """For one image, of an image-level plan."""
 
 
 class Run(Part):
@@ -150,7 +154,7 @@ class Run(Part):
     """Why the run did not finish."""
 
     best_round: int | None = None
-    released: Literal["best", "last"] | None = None
+    released: Literal["best", "last", "averaged"] | None = None
     weights_sha256: str | None
     released_sha256: str | None = None
 

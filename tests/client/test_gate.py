@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from client.gate import TICKS, Gate, Kind, NoticeKind, Release, StatusWord
+from client.policy import Policy, Releases
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, decode_answer
 from shared_models.weights import decode
@@ -34,7 +35,7 @@ class TestRelease:
         """
         An update, metrics and counts arrive at the other side with the question they answer, and nothing more does.
         """
-        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]))
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).answer)
 
         assert (answer.site, answer.question, answer.refusal) == ("site-1", QUESTION, None)
         assert answer.update["w"].tolist() == [0.5, -1.0]
@@ -55,12 +56,25 @@ class TestRelease:
             "cost",
         ]
 
+    def test_manifest_says_what_left_and_no_value_of_it(self, gate):
+        """
+        Names, the shapes and the norm of an update, and the cost, which is public arithmetic; not a metric, not a count.
+        """
+        manifest = gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).manifest
+
+        assert manifest == {
+            "update": {"shapes": {"w": [2]}, "norm": pytest.approx(1.25**0.5)},
+            "metric": {"names": ["dice", "training_loss"]},
+            "count": {"names": ["measured", "trained"]},
+            "cost": {"values": VALUES["cost"]},
+        }
+
     @pytest.mark.parametrize("kind", get_args(Kind))
     def test_kind_alone_brings_nothing_else_along(self, gate, kind):
         """
         What was not released is empty on the other side.
         """
-        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]))
+        answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]).answer)
         left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts, "cost": answer.cost}
 
         assert {name for name, value in left.items() if value} == {kind}
@@ -110,6 +124,46 @@ class TestRelease:
         assert "41.5" not in str(error.value)
 
 
+class TestPrivacy:
+    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    @pytest.mark.parametrize("rule", [None, "allowed", "noised", "forbidden"])
+    def test_what_has_no_noise_is_stopped(self, kind, rule):
+        """
+        Under [privacy] an exact value stops the whole answer, whatever the hospital's policy says of its kind.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: rule})))
+        paid = [Release(k, VALUES[k], is_noised=True) for k in ("update", "metric") if k != kind]
+
+        with pytest.raises(FederadError, match=rf"(?s)C147.*{kind}.*no noise"):
+            gate.release(QUESTION, [*paid, Release(kind, VALUES[kind])], is_private=True)
+
+    @pytest.mark.parametrize(
+        ("rule", "leaves"), [(None, True), ("allowed", True), ("noised", True), ("forbidden", False)]
+    )
+    @pytest.mark.parametrize("kind", ["update", "metric"])
+    def test_what_was_paid_for_leaves_unless_it_is_forbidden(self, kind, rule, leaves):
+        """
+        With noise a kind leaves, and what the hospital forbids stays all the same.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: rule})))
+        passed = gate.release(QUESTION, [Release(kind, VALUES[kind], is_noised=True)], is_private=True)
+        answer = decode_answer(passed.answer)
+
+        assert bool({"update": answer.update, "metric": answer.metrics}[kind]) is leaves
+
+    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    def test_policy_that_asks_for_noise_keeps_exact_values_of_any_plan(self, kind):
+        """
+        "noised" lets nothing exact out, from a plan without [privacy] either.
+        """
+        gate = Gate("site-1", Policy(releases=Releases(**{kind: "noised"})))
+        passed = gate.release(QUESTION, [Release(k, VALUES[k]) for k in ("update", "metric", "count")])
+        answer = decode_answer(passed.answer)
+        left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts}
+
+        assert {name for name, value in left.items() if value} == left.keys() - {kind}
+
+
 class TestRefuse:
     @pytest.mark.parametrize("word", get_args(Refusal))
     @pytest.mark.parametrize("question", [QUESTION, None], ids=["question", "unreadable question"])
@@ -135,6 +189,20 @@ class TestRefuse:
         """
         with pytest.raises(FederadError, match="C147"):
             gate.refuse(QUESTION, "no scan of Jane Doe")
+
+
+class TestPolicyOfNotices:
+    @pytest.mark.parametrize(
+        ("kind", "value"), [("status", {"word": "approved"}), ("progress", {"round": 1, "tick": 3})]
+    )
+    def test_notice_that_the_hospital_forbids_stays(self, kind, value):
+        """
+        [policy.releases] holds for what is told outside answers, too.
+        """
+        release = Release(kind, value)
+
+        assert Gate("site-1", Policy(releases=Releases(**{kind: "forbidden"}))).notice(release) is None
+        assert Gate("site-1", Policy()).notice(release) is not None
 
 
 class TestNotice:

@@ -88,10 +88,12 @@ class TestCost:
         """
         assert cost_of(with_privacy(private, epsilon=100.0), 10, Spent()).sampling_rate == 1.0
 
-    def test_rounds_add_up_to_the_run(self, private, cost):
+    @pytest.mark.parametrize("unit", [{}, {"unit": "image", "images_per_patient": 4}], ids=["patient", "image"])
+    def test_rounds_add_up_to_the_run(self, private, unit):
         """
-        What is charged round by round is what was promised for the whole.
+        What is charged round by round is what was promised for the whole, to a patient, whatever the plan protects.
         """
+        cost = cost_of(with_privacy(private, **unit), 200, Spent())
         rounds = [event for round_ in range(1, 21) for event in cost.of_round(round_)]
 
         assert epsilon(rounds, 1e-5) == cost.epsilon

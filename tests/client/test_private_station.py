@@ -197,6 +197,37 @@ class TestCost:
         assert told["head"]["hash"] == station.ledger().head.hash
 
 
+class TestWarmStart:
+    def begins_at_a_model_of(self, plan, run) -> Plan:
+        tables = json.loads(plan.canonical_json())
+        tables["strategy"] |= {"start": "5a" * 32} | ({"start_run": run} if run else {})
+        return Plan.from_tables(tables)
+
+    @pytest.mark.parametrize("run", ["run-2", None])
+    def test_model_of_which_the_ledger_knows_nothing_needs_a_word_from_here(self, station, plan, run):
+        """
+        Whether patients were used for it nobody else can know; the word stands in the audit.
+        """
+        warm = self.begins_at_a_model_of(plan, run)
+        with pytest.raises(FederadError, match="C178"):
+            station.approve(warm, declared_size=DECLARED)
+        assert answered(station, ask_of(warm)).refusal == "unknown-plan"
+
+        station.approve(warm, declared_size=DECLARED, start_is_foreign=True)
+
+        assert answered(station, ask_of(warm)).refusal is None
+        (line,) = [e for e in AuditLog(station.folder / FILE).entries() if e.get("start_is_foreign")]
+        assert (line["event"], line["plan"]) == ("approved", warm.sha256)
+
+    def test_model_of_a_run_that_was_paid_for_here_is_as_good_as_fresh_weights(self, station, plan):
+        """
+        What it tells of patients here is on the ledger already.
+        """
+        answered(station, ask_of(plan, run="run-2"))
+
+        station.approve(self.begins_at_a_model_of(plan, "run-2"), declared_size=DECLARED)
+
+
 class TestNo:
     def test_plan_without_privacy_is_not_approved_by_default(self, smoke_plan, hospitals, tmp_path):
         """
@@ -233,7 +264,7 @@ class TestNo:
 
         assert answered(Station(station.folder), ask_of(plan, 2)).refusal == "declined"
         with pytest.raises(FederadError, match=r"C16[67]"):
-            station.ledger()
+            station.ledger().spent()
 
     def test_audit_that_lacks_what_the_ledger_knows_stops_the_station(self, station, plan):
         """

@@ -302,7 +302,7 @@ class TestAudit:
         ]
 
         assert (first["n_bytes"], first["plan"], first["round"]) == (len(answer), smoke_plan.sha256, 1)
-        assert first["released"]["update"] == sum(array.size for array in ask.weights.values())
+        assert first["released"]["update"]["values"] == sum(array.size for array in ask.weights.values())
         assert set(first["released"]) == {"update", "metric", "count"}
         assert (first["again"], again["again"]) == (False, True)
         assert first["sha256"] == again["sha256"]

@@ -24,7 +24,7 @@ from server.superlink import SuperLink
 from shared_models.plan import Plan
 
 def with_code():
-    project = bundle._PROJECT.format(version="9", folder=bundle.FOLDER_KEY, run=bundle.RUN_KEY)
+    project = bundle._PROJECT.format(version="9", run=bundle.RUN_KEY)
     files = {
         "pyproject.toml": project.replace('["README.md"]', '["README.md", "client/*.py"]').encode(),
         "README.md": b"harmless",

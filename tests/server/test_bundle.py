@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from server.bundle import FOLDER_KEY, RUN_KEY, make_bundle
+from server.bundle import RUN_KEY, make_bundle
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ class TestBundle:
         app = get_fab_config(bundle.content)["tool"]["flwr"]["app"]
 
         assert app["components"] == {"serverapp": "server.app:app", "clientapp": "client.app:app"}
-        assert set(app["config"]) == {FOLDER_KEY, RUN_KEY}
+        assert set(app["config"]) == {RUN_KEY}
 
     def test_same_version_makes_the_same_bytes(self, bundle):
         """

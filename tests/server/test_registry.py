@@ -28,7 +28,7 @@ from server.registry import Registry
 from server.rounds import Measured
 from shared_models import release as release_module
 from shared_models.errors import FederadError
-from shared_models.release import CARD, CARD_PAGE, FILES, MANIFEST, MODEL, PART, new_release, verify_folder
+from shared_models.release import CARD, CARD_PAGE, FILES, MANIFEST, MODEL, PART, SitePrivacy, new_release, verify_folder
 from shared_models.signing import fingerprint
 from shared_models.weights import decode, weights_sha256
 from simulation.engine import Execution, run_rounds
@@ -243,6 +243,24 @@ class TestCard:
         assert south.test == {"dice": 0.5, "hd95_mm": 9.0}
         assert south.validation == {"dice": 0.4, "hd95_mm": 10.0}
         assert north.privacy is None
+
+    def test_privacy_of_every_site_stands_there(self, tmp_path):
+        """
+        Under [privacy] the card gives what a patient of each site has paid, and no number of test patients.
+        """
+        plan = plan_of(privacy={"epsilon": 8.0, "patients_per_step": 4, "steps_per_round": 2})
+        cost = {"north": {"epsilon": 7.5, "delta": 1e-5, "declared_size": 200.0}}
+
+        release = publish(tmp_path, KEY, plan, cost=cost)
+        north, south = release.card().sites
+        text = (release.folder / CARD_PAGE).read_text()
+
+        assert north.privacy == SitePrivacy(epsilon=7.5, delta=1e-5, declared_size=200)
+        assert south.privacy is None
+        assert north.test_patients is None
+        assert "| north | 7.5 | 1e-05 | - | 200 |" in text
+        assert "without differential privacy" not in text
+        assert "So few test patients" not in text
 
     def test_page_says_what_a_reader_must_know(self, tmp_path):
         """

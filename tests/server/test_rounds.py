@@ -88,6 +88,25 @@ class TestRun:
 
         assert outcome.best_round == round_
 
+    def test_average_over_rounds_is_tested_and_released(self, smoke_plan, stations, tmp_path, start):
+        """
+        The moving average is the one written out: older rounds count less by the decay, and all counts sum to one.
+        """
+        strategy = smoke_plan.strategy.model_copy(update={"release": "averaged", "average_decay": 0.75})
+        plan = smoke_plan.model_copy(update={"strategy": strategy})
+        sites = opened(stations)
+        for site in sites:
+            site.approve(plan)
+
+        outcome, journal = run(plan, ListGrid(sites), tmp_path, start)
+
+        first, second = journal.weights(1), journal.weights(2)
+        for name, array in outcome.best.items():
+            expected = (0.25 * 0.75 * first[name] + 0.25 * second[name]) / (0.25 * 0.75 + 0.25)
+            np.testing.assert_allclose(array, expected, rtol=0, atol=1e-6)
+        assert journal.records()[-1]["average_sha256"] == weights_sha256(outcome.best)
+        assert weights_sha256(outcome.last) == weights_sha256(second)
+
 
 BAD = {
     "not a number": (largest_array(lambda a: a * np.nan), "not finite"),

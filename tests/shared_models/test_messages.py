@@ -30,14 +30,15 @@ from shared_models.weights import Weights, encode, weights_sha256
 WEIGHTS: Weights = {"layer.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "layer.bias": np.ones(2, np.float32)}
 QUESTION = Question("run-1", 3, "train", "c" * 64, weights_sha256(WEIGHTS))
 ASK = Ask(QUESTION, 7, WEIGHTS)
-ANSWER = Answer("site-1", QUESTION, None, WEIGHTS, {"dice": 0.5}, {"trained": 3}, {"epsilon": 2.5})
+COST = {"epsilon": 2.5, "delta": 1e-5, "declared_size": 200.0}
+ANSWER = Answer("site-1", QUESTION, None, WEIGHTS, {"dice": 0.5}, {"trained": 3}, COST)
 HEADER = {
     "site": "site-1",
     "question": asdict(QUESTION),
     "refusal": None,
     "metrics": {"dice": 0.5},
     "counts": {"trained": 3},
-    "cost": {"epsilon": 2.5},
+    "cost": COST,
 }
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -205,9 +206,11 @@ HOSTILE_HEADERS = {
     "a count that is a truth value": changed(counts={"trained": True}),
     "a count with a point": changed(counts={"trained": 1.0}),
     "a count beyond all patients": changed(counts={"trained": 2**31}),
-    "a cost that is NaN": changed(cost={"epsilon": float("nan")}),
-    "a cost in words": changed(cost={"epsilon": "8"}),
+    "a cost that is NaN": changed(cost={**COST, "epsilon": float("nan")}),
+    "a cost in words": changed(cost={**COST, "epsilon": "8"}),
     "costs that are a list": changed(cost=[8.0]),
+    "a cost without its delta": changed(cost={"epsilon": 8.0, "declared_size": 200.0}),
+    "a cost with one more figure": changed(cost={**COST, "patients": 187.0}),
     "counts that are no table": changed(counts=None),
     "a question in words": changed(question="train"),
     "a question without a field": changed(question={"run": "r"}),

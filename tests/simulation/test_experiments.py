@@ -87,7 +87,7 @@ class TestPrivacyUtility:
                 plan.rounds,
             )
             if plan.privacy is not None:
-                assert plan.privacy.patients_per_step == 0.2 * plan.simulation.patients
+                assert plan.privacy.patients_per_step == 0.05 * plan.simulation.patients
         assert plans[arm_name(200, 3.0)].privacy.epsilon == 3.0
         assert plans[arm_name(200, 3.0)].simulation.patients == 200
         assert plans[arm_name(1000, math.inf)].privacy is None
@@ -122,7 +122,7 @@ class TestPrivacyUtility:
         table = privacy_utility.evaluate({**results, IMAGE_LEVEL: [measured(0.7, 31.4)]})
         [row] = [r for r in table["rows"] if r["line"] == "image level"]
 
-        assert "epsilon 8 for an image: 31.4 for a patient" in row["method"]
+        assert "image epsilon 8: 31.4 for a patient" in row["method"]
         assert row["at"].startswith("31")
 
 
@@ -133,7 +133,7 @@ def tiny():
         "name": "tiny",
         "rounds": 1,
         "task": {"kind": "segmentation", "labels": ["background", "lesion"], "network": "unet", "channels": [4, 8]},
-        "data": {"modality": "MR", "dimensions": 2, "spacing_mm": [8.0, 8.0], "patch": [28, 24]},
+        "data": {"modality": "MR", "dimensions": 2, "spacing_mm": [4.0, 4.0], "patch": [32, 32]},
         "training": {"samples_per_patient": 1},
         "simulation": {"patients": 5, "slices": 1},
     }

@@ -379,7 +379,7 @@ class TestRunReport:
 
     def test_budget_is_shown_where_there_is_one(self, tmp_path):
         """
-        With [privacy] the page gives each site's unit, epsilon and delta instead.
+        With [privacy] the page gives each site's declared size, epsilon of one patient and delta instead.
         """
         result = a_result()
         result["privacy"] = {
@@ -388,8 +388,22 @@ class TestRunReport:
 
         text = a_page(tmp_path, result).text
 
-        assert "one patient 200 7.93 1.0e-05" in text
+        assert "epsilon of one patient delta" in text
+        assert "200 7.93 1.0e-05" in text
         assert "No formal guarantee" not in text
+
+    def test_image_level_noise_is_shown_with_what_it_is_for_a_patient(self, tmp_path):
+        """
+        Both epsilons stand side by side, and that images are not patients.
+        """
+        result = a_result()
+        spent = {"unit": "patient", "epsilon": 164.0, "image_epsilon": 8.0, "delta": 1e-5, "declared_size": 800}
+        result["privacy"] = dict.fromkeys(SITES, spent)
+
+        text = a_page(tmp_path, result).text
+
+        assert "800 164 8.00 1.0e-05" in text
+        assert "does not protect patients" in text
 
     def test_confusion_is_counted_in_patients(self, tmp_path):
         """
@@ -648,7 +662,12 @@ class TestExperimentReport:
         page = Page(write_experiment_report(keep(tmp_path, an_experiment())))
 
         held, failed = page.table("claims")
-        assert (held["Id"], held["Measured"], held["Expected"], held["Held"]) == ("F1", "0.083", "0.030", "✓ yes")
+        assert (held["Id"], held["Measured"], held["Expected"], held["Held"]) == (
+            "F1",
+            "0.083",
+            "at least 0.030",
+            "✓ yes",
+        )
         assert (failed["Measured"], failed["Held"]) == ("−0.012", "✕ no")
         assert "1 of 2 claims held, over 3 seeds" in page.text
         assert "federad-sim experiment federated-against-local --out runs/fal" in page.text
@@ -663,6 +682,38 @@ class TestExperimentReport:
         held, _ = Page(write_experiment_report(keep(tmp_path, experiment))).table("claims")
 
         assert held["Measured"] == "0.0830.074, 0.083, 0.092"
+
+    def test_claim_stands_with_its_interval_and_its_side(self, tmp_path):
+        """
+        An upper bound is not shown as a lower one, and the interval of the seeds stands beside the value.
+        """
+        experiment = an_experiment()
+        experiment["claims"][0] |= {"bound": "at most", "interval": [0.0612, 0.105]}
+
+        held, _ = Page(write_experiment_report(keep(tmp_path, experiment))).table("claims")
+
+        assert held["Measured"] == "0.08395 %: 0.061 to 0.105"
+        assert held["Expected"] == "at most 0.030"
+
+    def test_rows_on_lines_are_drawn_over_their_places(self, tmp_path):
+        """
+        Rows that name a line and a place make a second drawing, with the places in the order of the rows.
+        """
+        experiment = an_experiment()
+        for row, (line, at) in zip(
+            experiment["rows"], [("large", "none"), ("large", "8"), ("small", "8")], strict=False
+        ):
+            row |= {"line": line, "at": at, "interval": [row["mean"] - 0.1, row["mean"] + 0.1]}
+
+        page = Page(write_experiment_report(keep(tmp_path, {**experiment, "axis": "epsilon for a patient"})))
+
+        labels = [dict(attributes).get("aria-label") for tag, attributes in page.tags if tag == "svg"]
+        assert labels[0] == "Dice over epsilon for a patient"
+        assert len(labels) == 2
+        drawing = page.text[: page.text.index("Strokes")]
+        assert drawing.index("none") < drawing.index("8", drawing.index("none"))
+        assert {"large", "small"} <= set(drawing.split())
+        assert "95 % t-intervals over 3 seeds" in page.text
 
     def test_quick_experiment_says_that_it_proves_nothing(self, tmp_path):
         """

@@ -1,0 +1,52 @@
+"""Where training begins: at fresh weights, or at a released model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+from shared_models.task import task_for
+from shared_models.weights import Weights, decode, difference, initial_weights
+
+
+def first_weights(plan: Plan, seed: int, read: Callable[[str], bytes]) -> Weights:
+    """The weights of which the first round is asked.
+
+    Parameters
+    ----------
+    seed
+        From which fresh weights derive.
+    read
+        Gives the file whose SHA-256 the plan names as ``strategy.start``; not called for a plan that names none.
+
+    Raises
+    ------
+    FederadError
+        M210 if what was read is another file, or fits another network; M211 if it cannot be read.
+    """
+    task = task_for(plan)
+    wanted = plan.strategy.start
+    if wanted is None:
+        return initial_weights(task.build_network, seed)
+    data = read(wanted)
+    if (found := hashlib.sha256(data).hexdigest()) != wanted:
+        raise _unfit(f"the plan begins at the model with SHA-256 {wanted[:12]}..., and this file has {found[:12]}...")
+    weights = decode(data)[0]
+    shapes = {name: tuple(p.shape) for name, p in task.build_network().named_parameters()}
+    if mismatch := difference(weights, shapes):
+        raise _unfit(f"{mismatch}, for the plan's network")
+    return weights
+
+
+def _unfit(why: str) -> FederadError:
+    return FederadError(
+        "M210",
+        happened=f"Training cannot begin at this model: {why}.",
+        because="The sites agreed on a plan that begins at one model and no other.",
+        remedies=(
+            "give the file model.safetensors that the plan's start names: sha256sum model.safetensors",
+            "or write its SHA-256 as start under [strategy], which makes another plan",
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Builds that are broken on purpose: what the tests must notice."""
