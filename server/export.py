@@ -272,7 +272,8 @@ def _onnx_metadata(release: Release, plan: Plan) -> dict[str, str]:
 def _output_in_words(plan: Plan) -> str:
     if plan.task.kind not in OF_WHOLE_STUDIES:
         return "logits; the label of a voxel is the index of the largest"
-    pooling = f"log(mean(exp({SHARPNESS:g} * map))) / {SHARPNESS:g} over space"
+    sharpness = plan.task.sharpness or SHARPNESS
+    pooling = f"log(mean(exp({sharpness:g} * map))) / {sharpness:g} over space"
     return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies"
 
 

@@ -39,6 +39,7 @@ from shared_models.release import (
     write_durably,
 )
 from shared_models.signing import fingerprint
+from shared_models.tasks import OF_WHOLE_STUDIES
 from shared_models.wire import CHUNK_BYTES
 
 if TYPE_CHECKING:  # torch and Flower are loaded where a release is made, not where one is listed or handed out
@@ -318,7 +319,7 @@ def _card_sites(
 
 
 def _intended_use(plan: Plan) -> str:
-    data, labels = plan.data, ", ".join(plan.task.labels[1:])
+    data, labels = plan.data, ", ".join(plan.task.labels[plan.task.kind not in OF_WHOLE_STUDIES :])
     grid = "volumes" if data.dimensions == 3 else "planes"
     spacing = f" on a grid of {' x '.join(f'{mm:g}' for mm in data.spacing_mm)} mm" if data.spacing_mm else ""
     return (
@@ -386,7 +387,7 @@ def page(card: Card) -> str:
         "## What it does not show",
         "\n".join(f"- {limit}" for limit in card.limits),
         "## Test patients",
-        f"Means over each site's test patients. {_directions(card.metrics)}",
+        f"Of each site's test patients. {_directions(card.metrics)}",
         _table(
             ("site", "patients", "rounds", *names),
             [(s.name, _shown(s.test_patients), str(s.rounds), *_values(s.test, names)) for s in card.sites]

@@ -377,7 +377,8 @@ class Rounds:
         self._weights = weights
         self._on_progress = on_progress
         self._strategy = strategy_for(plan)
-        self._headline = task_for(plan).headline
+        task = task_for(plan)
+        self._headline, self._metrics = task.headline, tuple(task.metrics)
         self._records: list[RoundRecord] = []
         self._best: tuple[float, int] = (-np.inf, 0)
         self._average: Weights | None = None
@@ -517,9 +518,14 @@ class Rounds:
         if not self._records or measured.mean is None:
             return
         record = self._records[-1]
-        record.validation, record.per_site = measured.mean, measured.per_site
+        record.validation = self._named(measured.mean) or None
+        record.per_site = {site: self._named(metrics) for site, metrics in measured.per_site.items()}
         self._journal.amend(record.round, asdict(record))
         self._note_best(record)
+
+    def _named(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics that the task names; what else it tells is for the test at the end."""
+        return {name: metrics[name] for name in self._metrics if name in metrics}
 
     def _note_best(self, record: RoundRecord) -> None:
         if record.validation is not None and self._headline in record.validation:

@@ -31,6 +31,7 @@ WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per
 READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "label_attribute"): ("classification",),
     ("task", "residual_units"): ("unet", "resnet"),
+    ("task", "sharpness"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "class_weights"): ("classification",),
 }
@@ -72,6 +73,12 @@ class TaskTable(_Table):
         description="features at each depth, e.g. [16, 32, 64, 128]",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+    sharpness: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="of the pooling of class maps: near 0 for the mean, 100 for nearly the maximum; leave it out for 1",
+    )
     label_attribute: str | None = Field(
         default=None,
         pattern=r"^[A-Z][A-Za-z]{0,62}$",

@@ -35,7 +35,7 @@ LARGEST_SHIFT = 1 / 16
 """How far a training window may lie off the centre of the image, as a share of its side."""
 
 SHARPNESS = 1.0
-"""Of the pooling over space: 0 would be the mean, infinity the maximum."""
+"""Of the pooling over space, where the plan says nothing: 0 would be the mean, infinity the maximum."""
 
 LEAST_PROBABILITY = 0.01
 """Smaller probabilities of the true label count as this in the log-likelihood, so that it has a bound."""
@@ -56,6 +56,11 @@ class Classification(Task):
         names = ("auc", "average_precision", "balanced_accuracy", "f1", "localisation")
         self.metrics = dict.fromkeys(names if plan.privacy is None else self.ranges, True)
         self._weights = torch.tensor(plan.training.class_weights or [1.0] * len(plan.task.labels))
+
+    @property
+    def sharpness(self) -> float:
+        """Of the pooling over space."""
+        return self.plan.task.sharpness or SHARPNESS
 
     @property
     def shown(self) -> str:
@@ -100,7 +105,7 @@ class Classification(Task):
             Label indices, int64 ``(batch,)``.
         """
         weights = self._weights.to(output)
-        each = F.cross_entropy(pooled(output), target, weight=weights, reduction="none")
+        each = F.cross_entropy(pooled(output, self.sharpness), target, weight=weights, reduction="none")
         return each.mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
@@ -118,7 +123,7 @@ class Classification(Task):
         """Of each label, ``(label,)``: the softmax of the pooled maps, in 2-D averaged over slices."""
         maps = torch.from_numpy(np.asarray(prediction, np.float64))
         batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 else maps[None]
-        mean: Array = torch.softmax(pooled(batch), dim=1).mean(0).numpy()
+        mean: Array = torch.softmax(pooled(batch, self.sharpness), dim=1).mean(0).numpy()
         return mean
 
     def heat(self, prediction: NDArray[np.generic], volume: Volume, label: int) -> NDArray[np.float32]:
@@ -208,11 +213,14 @@ class Classification(Task):
         return found
 
     def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
-        """The slice with the largest heat for the predicted label, or with the largest outline where there is one."""
+        """The slice with the largest outline, or with the largest heat where there is none.
+
+        The heat is that of the predicted label, or of the second where there are two: where nothing speaks for a
+        lesion, no place says so.
+        """
         names, label = self.plan.task.labels, volume.label
-        probabilities = self.probabilities(prediction)
-        predicted = int(probabilities.argmax())
-        heat = self.heat(prediction, volume, predicted)
+        predicted = int(self.probabilities(prediction).argmax())
+        heat = self.heat(prediction, volume, 1 if len(names) == 2 else predicted)
         areas = np.zeros(len(heat)) if label is None else (label > 0).sum(axis=(1, 2))
         z = int(areas.argmax()) if areas.any() else int(heat.max(axis=(1, 2)).argmax())
         truth = np.zeros(heat.shape[1:], np.uint8) if label is None else label[z]
@@ -232,10 +240,10 @@ class Classification(Task):
         return (volume.image.shape[1], *patch) if len(patch) == 2 else (patch[0], patch[1], patch[2])
 
 
-def pooled(maps: Tensor) -> Tensor:
-    """Class maps ``(batch, label, [z,] y, x)`` to logits ``(batch, label)``: log of the mean of exponentials, sharpened."""
+def pooled(maps: Tensor, sharpness: float) -> Tensor:
+    """Logits ``(batch, label)`` of class maps ``(batch, label, [z,] y, x)``: log(mean(exp(sharp * map))) / sharp."""
     flat = maps.flatten(2)
-    return (torch.logsumexp(SHARPNESS * flat, dim=2) - math.log(flat.shape[2])) / SHARPNESS
+    return (torch.logsumexp(sharpness * flat, dim=2) - math.log(flat.shape[2])) / sharpness
 
 
 def area_under_curve(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 
 from shared_models.plan import PrivacyTable
 from shared_models.task import task_for
-from shared_models.tasks.classification import Classification, area_under_curve, average_precision
+from shared_models.tasks.classification import Classification, area_under_curve, average_precision, pooled
 from shared_models.volume import Volume
 
 CPU = torch.device("cpu")
@@ -52,9 +52,9 @@ def some_patients(n_labels: int, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
     return truth, powers / powers.sum(axis=1, keepdims=True)
 
 
-def by_hand_pooled(maps: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+def by_hand_pooled(maps: np.ndarray, axes: tuple[int, ...], sharpness: float = 1.0) -> np.ndarray:
     """Log of the mean of exponentials."""
-    return np.log(np.exp(np.float64(maps)).mean(axis=axes))
+    return np.log(np.exp(sharpness * np.float64(maps)).mean(axis=axes)) / sharpness
 
 
 class TestDraw:
@@ -114,6 +114,18 @@ class TestLoss:
         expected = np.mean([-[1.0, 3.0][k] * np.log(p[k]) for k, p in zip(target.tolist(), probabilities, strict=True)])
 
         assert float(task.loss(maps, target)) == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("sharpness", [0.01, 5.0, 100.0])
+    def test_plan_says_how_sharp_the_pooling_is(self, sharpness):
+        """
+        From nearly the mean to nearly the maximum.
+        """
+        maps = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(1))
+        logits = pooled(maps, sharpness).numpy()
+
+        np.testing.assert_allclose(logits, by_hand_pooled(maps.numpy(), (2, 3), sharpness), rtol=1e-4, atol=1e-5)
+        assert (logits <= maps.amax((2, 3)).numpy() + 1e-6).all()
+        assert (logits >= maps.mean((2, 3)).numpy() - 1e-6).all()
 
 
 class TestPrediction:
@@ -282,7 +294,7 @@ class TestSummary:
 
 def test_picture_shows_the_slice_that_speaks_most():
     """
-    In greys, with the heat of the predicted label between 0 and 1, and both labels in words.
+    In greys, with the heat of the second of two labels between 0 and 1, and both labels in words.
     """
     task, volume = task_with(data={"patch": [16, 16]}), numbered((3, 16, 16), category=0)
     maps = np.zeros((2, 3, 4, 4))

@@ -188,7 +188,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
     return keys
 
 
-CLASSIFYING_KEYS = [("task", "label_attribute"), ("training", "class_weights")]
+CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
@@ -441,6 +441,7 @@ class TestContradictions:
         ("_network_answers_task", ("task", "network"), "scan-plane", "task.network"),
         ("_keys_are_read", ("task", "label_attribute"), "BodyPartExamined", "task.label_attribute"),
         ("_keys_are_read", ("training", "class_weights"), [1.0, 2.0], "training.class_weights"),
+        ("_keys_are_read", ("task", "sharpness"), 5.0, "task.sharpness"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)

@@ -97,7 +97,7 @@ class TestRun:
         page = (folder / "report.html").read_text()
 
         assert 'id="confusion"' in page
-        assert "what speaks for the label" in page
+        assert "what speaks for lesion" in page
         assert "taken for" in page
         with np.load(folder / "pictures.npz") as arrays:
             heat = [arrays[name] for name in arrays if name.endswith("/heat")]
