@@ -1,11 +1,9 @@
 """Every experiment by the name that ``federad-sim experiment`` takes."""
 
-from simulation.experiments.classification import CLASSIFICATION
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 
 EXPERIMENTS = {
-    experiment.name: experiment
-    for experiment in (FEDERATED_VS_CENTRAL, PRIVACY_UTILITY, CLASSIFICATION, CLASSIFICATION_REAL)
+    experiment.name: experiment for experiment in (FEDERATED_VS_CENTRAL, PRIVACY_UTILITY, CLASSIFICATION_REAL)
 }

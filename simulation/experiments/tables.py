@@ -94,7 +94,6 @@ def three(value: float | None) -> str:
 
 TABLES: dict[str, Callable[[Result], str]] = {
     "demo": run_table,
-    "classification": experiment_table,
     "classification-real": experiment_table,
     "federated-vs-central": experiment_table,
     "privacy-utility": experiment_table,
