@@ -21,7 +21,7 @@ from flwr.supercore.run import Run
 
 from client.app import make_client_app
 from shared_models.plan import Plan
-from simulation.processes import end_workers, process_pool
+from simulation.processes import process_pool
 from simulation.stations import station_of
 
 CLIENT_APP_RAISED = 2
@@ -58,12 +58,9 @@ class InProcessGrid(Grid):
             self._pool = process_pool(self._workers)
         return self
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        if self._pool is None:
-            return
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
-        if error is not None:
-            end_workers()
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def set_run(self, run: Run) -> None:
         """Set the run that messages belong to."""

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import wait
@@ -19,10 +18,6 @@ LARGEST_BLOCK = 2**30
 """Blocks up to this size are kept for the next step [bytes]."""
 
 
-GRACE_S = 10.0
-"""How long the work in hand may take after Ctrl-C [s]."""
-
-
 def process_pool(n_workers: int) -> ProcessPoolExecutor:
     """A pool of ``n_workers`` persistent processes with one computing thread each.
 
@@ -32,14 +27,6 @@ def process_pool(n_workers: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["simulation.preload"])
     return ProcessPoolExecutor(n_workers, mp_context=context, initializer=start_worker)
-
-
-def end_workers(grace_s: float = GRACE_S) -> None:
-    """End the worker processes of an interrupted run: what they have in hand may end within ``grace_s`` together."""
-    deadline = time.monotonic() + grace_s
-    for worker in multiprocessing.active_children():
-        worker.join(max(0.0, deadline - time.monotonic()))
-        worker.kill()
 
 
 def start_worker() -> None:

@@ -64,9 +64,9 @@ def ask_of(plan: Plan, *, round_: int = 1, kind: str = "train", seed: int = 0) -
 
 def longer(plan: Plan, epochs: int) -> Plan:
     """The same plan with more to do in a round."""
-    tables = plan.model_dump(mode="json")
+    tables = json.loads(plan.canonical_json())
     tables["training"]["epochs"] = epochs
-    return Plan.model_validate_json(json.dumps(tables))
+    return Plan.from_tables(tables)
 
 
 def asked(socket: Path, question: bytes) -> bytes:
