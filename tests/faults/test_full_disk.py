@@ -77,10 +77,10 @@ class TestFullDisk:
         (small_disk / "answers").mkdir()
         (tmp_path / "station" / "answers").symlink_to(small_disk / "answers")
         station = Station(tmp_path / "station")
-        (small_disk / "ballast").write_bytes(b"\0" * (960 * 1024))
+        (small_disk / "ballast").write_bytes(b"\0" * (1000 * 1024))
 
         weights = initial_weights(task_for(smoke_plan).build_network, 0)
         ask = encode_ask(Ask(Question("r", 1, "train", smoke_plan.sha256, weights_sha256(weights)), 0, weights))
-        assert decode_answer(station.answer(ask)).refusal == "failed"
+        assert decode_answer(station.answer(ask)).refusal == "declined"
         grow(small_disk)
         assert decode_answer(station.answer(ask)).refusal is None

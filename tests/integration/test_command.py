@@ -59,7 +59,7 @@ class TestRun:
         process = subprocess.Popen(
             [*FEDERAD_SIM, "run", str(plan), "--sites", "2", "--out", str(out), "--workers", "2"],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=PLANS.parents[1], start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  # a job in the background ignores it
         )  # fmt: skip
         while not (out / "journal" / "journal.sqlite").exists() or len(Journal(out / "journal").records()) < 3:
             assert process.poll() is None, process.stderr.read()

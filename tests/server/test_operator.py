@@ -28,7 +28,7 @@ from operators import (
 )
 
 from server import pki
-from server.bundle import make_bundle
+from server.bundle import RUN_KEY, make_bundle
 from server.operator import open_consortium, server_status, stop_server
 from server.superlink import SuperLink
 from shared_models.errors import FederadError
@@ -215,7 +215,7 @@ class TestSuperLink:
         """
         The ServerApp is started by the SuperExec; an order that is not in the store fails it, and the SuperLink says so.
         """
-        config = {"federad-folder": str(folder), "federad-run": "no-such-run"}
+        config = {RUN_KEY: "no-such-run"}
         flower_run_id = link.start_run(make_bundle(), config)
         until(lambda: link.run_status(flower_run_id)[0] == "failed", within_s=120)
 
