@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from operators import federad_server, free_port, needs_nginx, new_consortium, running_server, short_folder, until
 
+from client.station import Station
 from server.consortium import Consortium
 from server.journal import Journal
 from server.runs import RunFolder
@@ -91,6 +92,7 @@ class Staged:
         for name in SITES:
             station = shutil.copytree(self.folder / name / "station", folder / name)
             forget_history(station)
+            Station(station).approve(plan)
             stations.append(station)
         outcome = run_rounds(plan, stations, Journal(folder / "journal"), seed=0, execution=Execution(workers=1))
         return weights_sha256(outcome.last)

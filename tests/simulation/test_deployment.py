@@ -9,6 +9,7 @@ import socket
 import psutil
 import pytest
 
+from client.station import Station
 from server.journal import Journal
 from shared_models.errors import FederadError
 from shared_models.weights import weights_sha256
@@ -45,6 +46,7 @@ class TestStaged:
         deployed = run_rounds(smoke_plan, stations, journal, seed=0, execution=execution, on_progress=events.append)
         for station in stations:
             forget_history(station)
+            Station(station).approve(smoke_plan)
         here = run_rounds(smoke_plan, stations, Journal(tmp_path / "here"), seed=0, execution=Execution())
 
         assert weights_sha256(deployed.last) == weights_sha256(here.last)
