@@ -111,12 +111,13 @@ class TestKilled:
 
     @pytest.mark.slow
     @pytest.mark.system
-    @pytest.mark.parametrize("module", [journal_module, rounds_module], ids=["journal", "rounds"])
-    def test_killed_at_every_step_of_a_run_it_ends_the_same(self, plan, tmp_path, undisturbed, module):
+    @pytest.mark.parametrize("plan", ["best"], indirect=True)
+    @pytest.mark.parametrize(("module", "step"), [(journal_module, 1), (rounds_module, 9)], ids=["journal", "rounds"])
+    def test_killed_at_close_steps_of_a_run_it_ends_the_same(self, plan, tmp_path, undisturbed, module, step):
         """
-        SIGKILL before each single line that journal and round loop carry out, then a new process.
+        SIGKILL before each single line that the journal carries out, and each ninth of the round loop; then a new process.
         """
-        self.kill_at_every(1, module, plan, tmp_path, undisturbed)
+        self.kill_at_every(step, module, plan, tmp_path, undisturbed)
 
     def kill_at_every(self, step, module, plan, tmp_path, undisturbed):
         n_lines, n_kills = 1, 0
