@@ -481,11 +481,11 @@ class TestKilled:
     @pytest.mark.parametrize("module", [ledger_module, chain_module, answers_module], ids=lambda m: m.__name__)
     def test_killed_between_lines(self, tmp_path, module):
         """
-        The same between the lines of the code that keeps the ledger, every seventh of them.
+        The same between the lines of the code that keeps the ledger, every twenty-third of them.
         """
         outcomes = set()
         prepared(tmp_path, "warm")  # imports what the first use imports
-        for n_lines in range(1, 5000, 7):
+        for n_lines in range(1, 5000, 23):
             folder = prepared(tmp_path, str(n_lines))
             killed = killed_at(n_lines, module, lambda folder=folder: a_round_with_witnesses(folder))
             outcomes.add(check_after_a_kill(folder))

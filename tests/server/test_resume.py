@@ -102,6 +102,7 @@ class TestResume:
 
 
 class TestKilled:
+    @pytest.mark.parametrize("plan", ["averaged"], indirect=True)
     @pytest.mark.parametrize("module", [journal_module, rounds_module], ids=["journal", "rounds"])
     def test_killed_at_steps_all_over_a_run_it_ends_the_same(self, plan, tmp_path, undisturbed, module):
         """
