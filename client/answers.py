@@ -5,8 +5,8 @@ rule 16). The bytes are stored durably before the first of them leaves. Asking a
 bytes of a run's older rounds are dropped, their keys never: the server has added those rounds up, or it would not ask
 for the next.
 
-Bytes lie in files, keys in a table. In a station the table is in the ledger's database, so that an answer is recorded in
-the same commit as the settlement of what it cost (``ledger``).
+Bytes lie in files, keys in a table of the ledger's database, so that an answer is recorded in the same commit as the
+settlement of what it cost (``ledger``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable
-from contextlib import closing
 from pathlib import Path
 from uuid import uuid4
 
@@ -44,17 +43,14 @@ class AnswerStore:
     Parameters
     ----------
     folder
-        Of the bytes; made if it is not there.
-    database
-        SQLite file with the keys; left out, one of its own in the folder.
+        Of the bytes; made if it is not there. The keys are in the table :data:`TABLE` of the caller's database.
     """
 
-    def __init__(self, folder: Path, database: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._database = database or folder / "answers.sqlite"
         folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, question: Question) -> bytes | None:
+    def look_up(self, db: sqlite3.Connection, question: Question) -> bytes | None:
         """The stored answer, or None if the question is new.
 
         Raises
@@ -64,11 +60,6 @@ class AnswerStore:
         AnsweredBeforeError
             If its bytes have been dropped since, or are no longer those that were stored.
         """
-        with closing(self._connect()) as db:
-            return self.look_up(db, question)
-
-    def look_up(self, db: sqlite3.Connection, question: Question) -> bytes | None:
-        """:meth:`find` with the caller's connection."""
         row = db.execute(
             "SELECT weights, sha256, file FROM answers WHERE run = ? AND round = ? AND kind = ? AND plan = ?",
             _key(question),
@@ -86,20 +77,6 @@ class AnswerStore:
             raise AnsweredBeforeError
         return answer
 
-    def keep(self, question: Question, answer: bytes) -> None:
-        """Store ``answer`` durably; it may leave after this returns.
-
-        Raises
-        ------
-        AnsweredBeforeError
-            If the question has an answer already.
-        """
-        file = self.write(question, answer)
-        with closing(self._connect()) as db, db:
-            dropped = self.record(db, question, hashlib.sha256(answer).hexdigest(), file)
-            db.commit()
-        self.drop(dropped)
-
     def write(self, question: Question, answer: bytes) -> str:
         """Put the bytes on the disk, where nothing finds them until they are recorded; the name of their file."""
         file = f"{question.round:06d}-{question.kind}-{uuid4().hex}.safetensors"
@@ -107,8 +84,8 @@ class AnswerStore:
         return file
 
     @staticmethod
-    def record(db: sqlite3.Connection, question: Question, sha256: str, file: str | None) -> list[str]:
-        """Bind the question to an answer, inside the caller's transaction; no file where the bytes are gone.
+    def record(db: sqlite3.Connection, question: Question, sha256: str, file: str) -> list[str]:
+        """Bind the question to an answer, inside the caller's transaction.
 
         Returns
         -------
@@ -141,12 +118,6 @@ class AnswerStore:
         for path in self._folder.glob("*.safetensors*"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._database, timeout=30)
-        db.execute("PRAGMA synchronous = EXTRA")
-        db.execute(TABLE)
-        return db
 
 
 def _key(question: Question) -> tuple[str, int, str, str]:

@@ -180,7 +180,7 @@ class Chain:
             try:
                 write_durably(self.anchor, b"".join(line + b"\n" for line in lines))
             except OSError as error:
-                raise _unwritable(self.anchor, error) from None
+                raise unwritable(self.anchor, error) from None
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[sqlite3.Connection, list[bytes]]]:
@@ -196,7 +196,7 @@ class Chain:
                 lines = [str(line).encode("utf-8") for (line,) in db.execute("SELECT line FROM chain ORDER BY n")]
                 yield db, lines
         except sqlite3.OperationalError as error:
-            raise _unwritable(self.database, error) from None
+            raise unwritable(self.database, error) from None
         except sqlite3.IntegrityError:
             raise
         except sqlite3.DatabaseError as error:
@@ -227,7 +227,7 @@ class Chain:
                 os.fchown(descriptor, owner.st_uid, owner.st_gid)
             return descriptor
         except OSError as error:
-            raise _unwritable(path, error) from None
+            raise unwritable(path, error) from None
 
     def _verified(self, lines: list[bytes]) -> list[Entry]:
         """The entries; those that were checked before and are still the same are not checked again."""
@@ -279,7 +279,7 @@ class Chain:
             if is_new:
                 _sync_folder(self.anchor.parent)
         except OSError as error:
-            raise _unwritable(self.anchor, error) from None
+            raise unwritable(self.anchor, error) from None
 
 
 def _sync_folder(folder: Path) -> None:
@@ -322,11 +322,12 @@ def _canonical(entry: Mapping[str, Any]) -> bytes:
     return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _unwritable(path: Path, error: Exception) -> FederadError:
+def unwritable(path: Path, error: Exception) -> FederadError:
+    """C164, for whatever is written together with the chain."""
     return FederadError(
         "C164",
         happened=f"The ledger cannot be written: {path} ({getattr(error, 'strerror', None) or error}).",
-        because="What is spent is written down before it is spent, so nothing is trained and nothing leaves.",
+        because="What is spent and what is answered is written down first, so nothing is trained and nothing leaves.",
         remedies=(
             "make room on the disk, and check that it is not mounted read-only",
             "check that the account of the station may write there",

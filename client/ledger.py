@@ -33,7 +33,7 @@ from client.accounting import Event, epsilon, filter_order, rdp, rdp_to_epsilon
 from client.answers import TABLE, AnsweredBeforeError, AnswerStore, OtherWeightsError
 from client.audit import FILE as AUDIT_FILE
 from client.audit import Head
-from client.chain import Book, Chain, Entry, NoHistoryError
+from client.chain import Book, Chain, Entry, NoHistoryError, unwritable
 from shared_models.errors import FederadError
 from shared_models.messages import Question
 
@@ -177,7 +177,7 @@ class Ledger:
         self.folder = folder
         self.anchor = anchor or folder / ANCHOR
         self._chain = Chain(folder / FILE, key, self.anchor, TABLE)
-        self._store = AnswerStore(folder / "answers", folder / FILE)
+        self._store = AnswerStore(folder / "answers")
 
     @classmethod
     def open(cls, folder: Path, secret: bytes, anchor: Path | None = None) -> Self:
@@ -234,7 +234,7 @@ class Ledger:
                 if path.exists():
                     path.replace(_aside(path))
             except OSError as error:
-                raise _unwritable(path, error.strerror) from None
+                raise unwritable(path, error) from None
         ledger._chain.begin(lost=True)
         return ledger
 
@@ -412,7 +412,7 @@ class Ledger:
         try:
             return self._store.write(question, answer)
         except OSError as error:
-            raise _unwritable(self.folder / "answers", error.strerror) from None
+            raise unwritable(self.folder / "answers", error) from None
 
     @contextmanager
     def _opened(self) -> Iterator[Book]:
@@ -467,15 +467,6 @@ def _over(figures: str, remedy: str) -> FederadError:
         happened=f"The privacy budget does not suffice. {figures}",
         because="What is spent never comes back, and the caps are the promise this hospital gives its patients.",
         remedies=("federad-site ledger shows what was spent on what", remedy, "let the operator know"),
-    )
-
-
-def _unwritable(path: Path, why: str | None) -> FederadError:
-    return FederadError(
-        "C164",
-        happened=f"The ledger cannot be written: {path} ({why}).",
-        because="What is spent and what is answered is written down first, so nothing is trained and nothing leaves.",
-        remedies=("make room on the disk", "check that the account of the station may write there"),
     )
 
 

@@ -101,6 +101,8 @@ def noised_metrics(
         try:
             measured = trainer.measure(weights, _Only(cohort, patient), split)[patient.key]
             vector = torch.from_numpy(means.vector(trainer.task.summary([measured])))
+        except torch.AcceleratorError:
+            raise  # the device itself is gone, and everybody's measurement with it
         except Exception as error:
             log.warning(
                 "a patient of the %s split cannot be measured and counts as none (%s)", split, type(error).__name__

@@ -212,8 +212,7 @@ def order_run(consortium: Consortium, superlink: SuperLink, plan: Plan, seed: in
             remedies=(f"--sites {minimum} or more", "or agree on a plan with a lower minimum_sites under [strategy]"),
         )
     require_running(superlink)
-    if plan.strategy.start is not None:
-        _released(consortium, plan.strategy.start)
+    _start_of(consortium, plan)
     run = f"{plan.name[:LONGEST_NAME]}-{uuid4().hex[:12]}"
     folder = RunFolder(consortium.folder, run)
     folder.create(plan, Order(wait_for=wait_for or minimum))
@@ -372,18 +371,18 @@ def _rounds(grid: Grid, consortium: Consortium, row: RunRow, folder: RunFolder) 
         folder.journal,
         run=row.run,
         seed=row.seed,
-        weights=first_weights(row.plan, row.seed, lambda sha256: _released(consortium, sha256).read_bytes()),
+        weights=first_weights(row.plan, row.seed, _start_of(consortium, row.plan)),
         roster=roster,
         depot=consortium.depot,
         on_progress=folder.note,
     ).run()
 
 
-def _released(consortium: Consortium, sha256: str) -> Path:
-    """A released file of this consortium; S200 if there is none with this SHA-256."""
+def _start_of(consortium: Consortium, plan: Plan) -> Path | None:
+    """The released model at which a plan begins, if it names one; S200 if it was never released here."""
     from server.registry import FOLDER, Registry
 
-    return Registry(consortium.folder / FOLDER).path(sha256)
+    return Registry(consortium.folder / FOLDER).path(plan.strategy.start) if plan.strategy.start else None
 
 
 def _leave(consortium: Consortium, folder: RunFolder, state: State, error: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from pathlib import Path
 
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
@@ -11,26 +11,28 @@ from shared_models.task import task_for
 from shared_models.weights import Weights, decode, difference, initial_weights
 
 
-def first_weights(plan: Plan, seed: int, read: Callable[[str], bytes]) -> Weights:
+def first_weights(plan: Plan, seed: int, file: Path | None = None) -> Weights:
     """The weights of which the first round is asked.
 
     Parameters
     ----------
     seed
         From which fresh weights derive.
-    read
-        Gives the file whose SHA-256 the plan names as ``strategy.start``; not called for a plan that names none.
+    file
+        The model whose SHA-256 the plan names as ``strategy.start``; not read for a plan that names none.
 
     Raises
     ------
     FederadError
-        M210 if what was read is another file, or fits another network; M211 if it cannot be read.
+        M210 if it is missing, is another model, or fits another network; M211 if it is no model.
     """
     task = task_for(plan)
     wanted = plan.strategy.start
     if wanted is None:
         return initial_weights(task.build_network, seed)
-    data = read(wanted)
+    if file is None:
+        raise _unfit("the plan names one, and none was given")
+    data = file.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != wanted:
         raise _unfit(f"the plan begins at the model with SHA-256 {wanted[:12]}..., and this file has {found[:12]}...")
     weights = decode(data)[0]

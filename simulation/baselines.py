@@ -77,7 +77,7 @@ def train_alone(
     trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str, start: Path | None = None
 ) -> Weights:
     """The weights that the plan's ``release`` chooses among its rounds on one cohort; the last without validation."""
-    weights = first_weights(plan, seed, lambda _: start.read_bytes() if start else b"")
+    weights = first_weights(plan, seed, start)
     best, best_value = weights, float("-inf")
     chooses = plan.strategy.release == "best" and bool(cohort.patients("validation"))
     average: Weights | None = None

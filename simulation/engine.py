@@ -64,7 +64,7 @@ def run_rounds(
     run = f"{plan.name}-{uuid4().hex[:12]}"
 
     def rounds_on(grid: Grid) -> Rounds:
-        weights = first_weights(plan, seed, lambda _: start.read_bytes() if start else b"")
+        weights = first_weights(plan, seed, start)
         return Rounds(plan, grid, journal, run=run, seed=seed, weights=weights, on_progress=on_progress)
 
     server_app = make_server_app(rounds_on, outcomes.append)

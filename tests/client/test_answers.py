@@ -1,17 +1,20 @@
-"""The answer store: the same question gets the same bytes, and never a second training."""
+"""Answers in a ledger: the same question gets the same bytes, and never a second training."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from crashes import killed_at
 
 from client import answers as answers_module
-from client.answers import ROUNDS_KEPT, AnsweredBeforeError, AnswerStore, OtherWeightsError
+from client.answers import ROUNDS_KEPT, AnsweredBeforeError, OtherWeightsError
+from client.ledger import Ledger
 from shared_models.messages import Question
 
+SECRET = b"of the station"
 QUESTION = Question("run-1", 1, "train", "c" * 64, "a" * 64)
 
 
@@ -26,8 +29,8 @@ def answer_to(round_: int) -> bytes:
 
 @pytest.fixture
 def store(tmp_path):
-    """An empty store."""
-    return AnswerStore(tmp_path)
+    """An empty ledger."""
+    return Ledger.open(tmp_path, SECRET)
 
 
 class TestStore:
@@ -41,7 +44,7 @@ class TestStore:
         """
         As often as it is asked.
         """
-        store.keep(QUESTION, b"\0bytes\xff")
+        store.settle(None, QUESTION, b"\0bytes\xff")
 
         assert [store.find(QUESTION) for _ in range(3)] == [b"\0bytes\xff"] * 3
 
@@ -52,18 +55,18 @@ class TestStore:
         """
         Another run, round, kind or plan is a new question, and both keep their own answers.
         """
-        store.keep(QUESTION, b"one")
+        store.settle(None, QUESTION, b"one")
         other = replace(QUESTION, **change)
 
         assert store.find(other) is None
-        store.keep(other, b"other")
+        store.settle(None, other, b"other")
         assert (store.find(QUESTION), store.find(other)) == (b"one", b"other")
 
     def test_same_question_with_other_weights_is_refused(self, store):
         """
         A question is bound to its weights: asking again with others is refused and changes nothing.
         """
-        store.keep(QUESTION, b"one")
+        store.settle(None, QUESTION, b"one")
 
         with pytest.raises(OtherWeightsError):
             store.find(replace(QUESTION, weights_sha256="b" * 64))
@@ -73,10 +76,10 @@ class TestStore:
         """
         Whoever tries to store another answer fails, and what may have left already stays what it was.
         """
-        store.keep(QUESTION, b"one")
+        store.settle(None, QUESTION, b"one")
         for again in (QUESTION, replace(QUESTION, weights_sha256="b" * 64)):
             with contextlib.suppress(Exception):
-                store.keep(again, b"two")
+                store.settle(None, again, b"two")
 
         assert store.find(QUESTION) == b"one"
 
@@ -84,8 +87,8 @@ class TestStore:
         """
         Another process, or this one after a crash, finds bytes and bindings again.
         """
-        store.keep(QUESTION, b"one")
-        reopened = AnswerStore(tmp_path)
+        store.settle(None, QUESTION, b"one")
+        reopened = Ledger.open(tmp_path, SECRET)
 
         assert reopened.find(QUESTION) == b"one"
         with pytest.raises(OtherWeightsError):
@@ -96,7 +99,7 @@ class TestStore:
         The newest rounds keep their bytes; an older question is known as answered and is never worked for again.
         """
         for round_ in range(1, 6):
-            store.keep(question_of(round_), answer_to(round_))
+            store.settle(None, question_of(round_), answer_to(round_))
 
         for round_ in range(6 - ROUNDS_KEPT, 6):
             assert store.find(question_of(round_)) == answer_to(round_)
@@ -106,14 +109,14 @@ class TestStore:
             assert not isinstance(error.value, OtherWeightsError)
             with pytest.raises(OtherWeightsError):
                 store.find(replace(question_of(round_), weights_sha256="b" * 64))
-        assert len(list(tmp_path.glob("*.safetensors*"))) == ROUNDS_KEPT
+        assert len(list((tmp_path / "answers").glob("*.safetensors*"))) == ROUNDS_KEPT
 
     def test_bytes_that_changed_on_the_disk_are_not_given(self, store, tmp_path):
         """
         A file that is no longer what was stored counts as gone.
         """
-        store.keep(QUESTION, b"one")
-        next(tmp_path.glob("*.safetensors")).write_bytes(b"two")
+        store.settle(None, QUESTION, b"one")
+        next((tmp_path / "answers").glob("*.safetensors")).write_bytes(b"two")
 
         with pytest.raises(AnsweredBeforeError):
             store.find(QUESTION)
@@ -122,9 +125,9 @@ class TestStore:
         """
         A long run does not push out the answers of another that is still at its beginning.
         """
-        store.keep(replace(QUESTION, run="run-2"), b"first round of another run")
+        store.settle(None, replace(QUESTION, run="run-2"), b"first round of another run")
         for round_ in range(1, 10):
-            store.keep(question_of(round_), answer_to(round_))
+            store.settle(None, question_of(round_), answer_to(round_))
 
         assert store.find(replace(QUESTION, run="run-2")) == b"first round of another run"
 
@@ -133,9 +136,9 @@ class TestStore:
         The best weights of an earlier round are tested at the end; that answer is kept too.
         """
         for round_ in range(1, 10):
-            store.keep(question_of(round_), answer_to(round_))
+            store.settle(None, question_of(round_), answer_to(round_))
         test = replace(question_of(3), kind="test")
-        store.keep(test, b"measured")
+        store.settle(None, test, b"measured")
 
         assert store.find(test) == b"measured"
         assert store.find(question_of(9)) == answer_to(9)
@@ -150,11 +153,13 @@ class TestKilled:
         outcomes = set()
         for n_lines in range(1, 1000):
             folder = tmp_path / str(n_lines)
-            store = AnswerStore(folder)
+            folder.mkdir()
+            store = Ledger.open(folder, SECRET)
             for round_ in (1, 2, 3):
-                store.keep(question_of(round_), answer_to(round_))
-            killed = killed_at(n_lines, answers_module, lambda store=store: store.keep(question_of(4), answer_to(4)))
-            reopened = AnswerStore(folder)
+                store.settle(None, question_of(round_), answer_to(round_))
+            settle = partial(store.settle, None, question_of(4), answer_to(4))
+            killed = killed_at(n_lines, answers_module, settle)
+            reopened = Ledger.open(folder, SECRET)
             found = reopened.find(question_of(4))
             outcomes.add(found)
 
@@ -166,7 +171,7 @@ class TestKilled:
             with pytest.raises(AnsweredBeforeError):
                 reopened.find(question_of(1))
             if found is None:
-                reopened.keep(question_of(4), b"worked for again")
+                reopened.settle(None, question_of(4), b"worked for again")
                 assert reopened.find(question_of(4)) == b"worked for again"
             if not killed:
                 break

@@ -7,7 +7,6 @@ that it can be held against the ledger also after a SIGKILL: no noise before its
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from crashes import killed_at
 from kills import can_kill_at_writes, killed_at_write
-from test_private_station import ask_of
+from privately import ask_of, private
 
 from client import audit, privacy, training, work
 from client import station as station_module
@@ -52,14 +51,14 @@ def plan(smoke_plan) -> Plan:
         "metrics_every": 2,
         "metrics_noise": 20.0,
     }
-    tables = json.loads(smoke_plan.canonical_json()) | {"rounds": 4, "privacy": privacy_}
-    tables["data"]["patch"] = [32, 32]
-    tables["task"]["channels"] = [2, 4]
-    tables["training"] |= {"optimizer": "sgd", "samples_per_patient": 1}
-    for key in ("epochs", "batch_size"):
-        tables["training"].pop(key)
-    tables["strategy"]["release"] = "last"
-    return Plan.from_tables(tables)
+    return private(
+        smoke_plan,
+        privacy_,
+        rounds=4,
+        data={"patch": [32, 32]},
+        task={"channels": [2, 4]},
+        training={"optimizer": "sgd", "samples_per_patient": 1},
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ operating system's own randomness can be used as it is and a failure means somet
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
+from privately import answered, ask_of, private
 from scipy import stats
-from test_private_station import answered, ask_of
 from test_private_training import private_plan
 from test_training import cohort_of, start_of
 
@@ -125,14 +124,13 @@ class TestSampling:
 
 def noise_only(plan: Plan, channels: tuple[int, int] = (160, 320), **privacy: object) -> Plan:
     """The plan with privacy and plain gradient descent, on a network wide enough for statistics on its weights."""
-    tables = json.loads(plan.canonical_json()) | {"rounds": 3, "privacy": PRIVACY | privacy}
-    tables["data"]["patch"] = [64, 64] if "metrics_every" in privacy else [8, 8]
-    tables["task"]["channels"] = list(channels)
-    tables["training"] |= {"optimizer": "sgd", "learning_rate": RATE, "samples_per_patient": 1, "weight_decay": 0.0}
-    for key in ("epochs", "batch_size"):
-        tables["training"].pop(key)
-    tables["strategy"]["release"] = "last"
-    return Plan.from_tables(tables)
+    return private(
+        plan,
+        PRIVACY | privacy,
+        data={"patch": [64, 64] if "metrics_every" in privacy else [8, 8]},
+        task={"channels": list(channels)},
+        training={"optimizer": "sgd", "learning_rate": RATE, "samples_per_patient": 1, "weight_decay": 0.0},
+    )
 
 
 class Counting(SystemRandomness):

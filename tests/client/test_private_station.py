@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.pld import PLDAccountant
+from privately import answered, ask_of, private
 
 from client.audit import FILE, AuditLog
 from client.policy import Policy
@@ -17,10 +19,9 @@ from client.statement import statement
 from client.station import Station
 from client.training import Trainer
 from shared_models.errors import FederadError
-from shared_models.messages import Answer, Ask, Question, decode_answer, encode_ask
+from shared_models.messages import Answer, encode_ask
 from shared_models.plan import Plan
 from shared_models.task import task_for
-from shared_models.weights import initial_weights, weights_sha256
 
 DECLARED = 20
 
@@ -34,18 +35,9 @@ PRIVACY = {
 }
 
 
-def private(plan: Plan, rounds: int = 3, **changes: object) -> Plan:
-    """The same plan with privacy."""
-    tables = json.loads(plan.canonical_json()) | {"rounds": rounds, "privacy": PRIVACY | changes}
-    for key in ("epochs", "batch_size"):
-        tables["training"].pop(key)
-    tables["strategy"]["release"] = "last"
-    return Plan.from_tables(tables)
-
-
 @pytest.fixture
 def plan(smoke_plan) -> Plan:
-    return private(smoke_plan)
+    return private(smoke_plan, PRIVACY)
 
 
 @pytest.fixture
@@ -60,15 +52,6 @@ def station(plan, hospitals, tmp_path) -> Station:
     made = Station.create(tmp_path / "station", config)
     made.approve(plan, declared_size=DECLARED)
     return made
-
-
-def ask_of(plan: Plan, round_: int = 1, kind: str = "train", run: str = "run-1", seed: int = 0) -> Ask:
-    weights = initial_weights(task_for(plan).build_network, seed)
-    return Ask(Question(run, round_, kind, plan.sha256, weights_sha256(weights)), 0, weights)
-
-
-def answered(station: Station, ask: Ask) -> Answer:
-    return decode_answer(station.answer(encode_ask(ask)))
 
 
 class TestWhatLeaves:
@@ -112,6 +95,20 @@ class TestWhatLeaves:
         one, two = (answered(station, ask_of(plan, 1, run=run)).update for run in ("run-1", "run-2"))
 
         assert all(not np.array_equal(one[name], two[name]) for name in one)
+
+    def test_device_lost_while_patients_are_measured_releases_nothing(self, station, plan, monkeypatch):
+        """
+        Noise around a mean of nobody would look like a measurement; the station says that it failed, and is broken.
+        """
+
+        def lost(*_):
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
+
+        monkeypatch.setattr(Trainer, "measure", lost)
+        answer = answered(station, ask_of(plan, 2))
+
+        assert (answer.refusal, answer.metrics) == ("failed", {})
+        assert station.is_broken
 
 
 class TestCost:

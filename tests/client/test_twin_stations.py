@@ -8,7 +8,6 @@ rules 1 to 10) without its probabilities.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import pydicom
 import pytest
 import torch
 from deployed import Operator
-from test_private_station import ask_of
+from privately import ask_of, private
 from test_private_training import Scripted
 
 from client import training
@@ -59,16 +58,16 @@ def plan_of(smoke: Plan, variant: str = "fedavg") -> Plan:
         "metrics_every": 2,
         "metrics_noise": 8.0,
     }
-    tables = json.loads(smoke.canonical_json()) | {"rounds": 3, "privacy": privacy}
-    tables["data"]["patch"] = [32, 32]
-    tables["task"]["channels"] = [4, 8]
-    tables["training"] |= {"optimizer": "sgd", "learning_rate": 0.5, "samples_per_patient": 2}
-    for key in ("epochs", "batch_size"):
-        tables["training"].pop(key)
-    tables["strategy"]["release"] = "last"
-    for name, table in VARIANTS[variant].items():
-        tables[name] |= table
-    return Plan.from_tables(tables)
+    tables = VARIANTS[variant]
+    training = {"optimizer": "sgd", "learning_rate": 0.5, "samples_per_patient": 2} | tables.get("training", {})
+    return private(
+        smoke,
+        privacy | tables.get("privacy", {}),
+        data={"patch": [32, 32]},
+        task={"channels": [4, 8]},
+        training=training,
+        strategy=tables.get("strategy", {}),
+    )
 
 
 def asks(plan: Plan) -> list[bytes]:

@@ -109,15 +109,6 @@ class Staged:
         """A process of the operator's."""
         return int(server_status(self.operator)["processes"][name])
 
-    def serving_app(self, run: RunFolder) -> int:
-        """The ServerApp's process: it holds the run's lock."""
-        inode = (run.path / "lock").stat().st_ino
-        for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()
-            if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
-                return int(fields[4])
-        raise AssertionError("nobody carries out the run")
-
     def begin(
         self, plan: tuple[Plan, str], *, sites: tuple[str, ...] = SITES, wait_for: int | None = None
     ) -> RunFolder:

@@ -20,41 +20,50 @@ def begins_at(data: bytes):
     return plan_of(strategy={"start": hashlib.sha256(data).hexdigest()})
 
 
+@pytest.fixture
+def model(tmp_path):
+    """A released model."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(MODEL)
+    return file
+
+
 class TestFirstWeights:
-    def test_plan_without_start_begins_at_fresh_weights(self):
+    def test_plan_without_start_begins_at_fresh_weights(self, model):
         """
-        They derive from the seed, and no file is read.
+        They derive from the seed, and no file is looked at.
         """
-
-        def never(_):
-            raise AssertionError
-
-        one, same, other = (weights_sha256(first_weights(PLAN, seed, never)) for seed in (1, 1, 2))
+        one, same, other = (weights_sha256(first_weights(PLAN, seed, model)) for seed in (1, 1, 2))
         assert one == same != other
 
-    def test_named_model_is_where_training_begins(self):
+    def test_named_model_is_where_training_begins(self, model):
         """
         Bit for bit, whatever the seed.
         """
-        asked = []
-        plan = begins_at(MODEL)
-        weights = first_weights(plan, 3, lambda sha256: asked.append(sha256) or MODEL)
+        assert weights_sha256(first_weights(begins_at(MODEL), 3, model)) == weights_sha256(weights_for(PLAN, 7))
 
-        assert asked == [plan.strategy.start]
-        assert weights_sha256(weights) == weights_sha256(weights_for(PLAN, 7))
+    def test_without_the_model_nothing_begins(self):
+        """
+        Fresh weights do not take its place.
+        """
+        with pytest.raises(FederadError, match="M210"):
+            first_weights(begins_at(MODEL), 0)
 
-    def test_another_file_is_refused(self):
+    def test_another_model_is_refused(self, model):
         """
         The sites agreed on one model: its hash decides, not its name.
         """
-        with pytest.raises(FederadError, match="M210"):
-            first_weights(begins_at(MODEL), 0, lambda _: encode(weights_for(PLAN, 8), "{}"))
+        model.write_bytes(encode(weights_for(PLAN, 8), "{}"))
 
-    def test_model_of_another_network_is_refused(self):
+        with pytest.raises(FederadError, match="M210"):
+            first_weights(begins_at(MODEL), 0, model)
+
+    def test_model_of_another_network_is_refused(self, model):
         """
         The first array that does not fit is named.
         """
         other = encode({**weights_for(PLAN), "extra": np.zeros(3, np.float32)}, "{}")
+        model.write_bytes(other)
 
         with pytest.raises(FederadError, match=r"(?s)M210.*extra"):
-            first_weights(begins_at(other), 0, lambda _: other)
+            first_weights(begins_at(other), 0, model)

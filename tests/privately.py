@@ -1,0 +1,35 @@
+"""A plan with privacy over the emulated hospitals' data, and questions of its rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from client.station import Station
+from shared_models.messages import Answer, Ask, Question, decode_answer, encode_ask
+from shared_models.plan import WITHOUT_PRIVACY_ONLY, Plan
+from shared_models.task import task_for
+from shared_models.weights import initial_weights, weights_sha256
+
+
+def private(plan: Plan, privacy: Mapping[str, Any], *, rounds: int = 3, **tables: Mapping[str, Any]) -> Plan:
+    """The same plan with ``[privacy]``; ``tables`` change keys of its other tables."""
+    changed = json.loads(plan.canonical_json()) | {"rounds": rounds, "privacy": dict(privacy)}
+    for key in WITHOUT_PRIVACY_ONLY:
+        changed["training"].pop(key, None)
+    changed["strategy"]["release"] = "last"
+    for name, table in tables.items():
+        changed[name] |= table
+    return Plan.from_tables(changed)
+
+
+def ask_of(plan: Plan, round_: int = 1, kind: str = "train", run: str = "run-1", seed: int = 0) -> Ask:
+    """A question about fresh weights drawn with ``seed``."""
+    weights = initial_weights(task_for(plan).build_network, seed)
+    return Ask(Question(run, round_, kind, plan.sha256, weights_sha256(weights)), 0, weights)
+
+
+def answered(station: Station, ask: Ask) -> Answer:
+    """What a station answers."""
+    return decode_answer(station.answer(encode_ask(ask)))
