@@ -19,7 +19,7 @@ from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
 from shared_models.plan import Plan
 from shared_models.start import first_weights
-from shared_models.task import Picture
+from shared_models.task import Picture, mean_metrics
 from shared_models.volume import Volume
 from shared_models.weights import Weights, averaged, decode, encode
 from simulation.processes import process_pool
@@ -144,6 +144,25 @@ def baselines(
             on_done(futures[future])
     order = [name for name, _ in jobs]
     return sorted(rows, key=lambda row: order.index(row.method))
+
+
+def classical_rows(plan: Plan, sites: Sequence[SiteFolder]) -> list[Row]:
+    """The task's methods that learn nothing, on every site's test patients; none where the task has none."""
+    task = resident_trainer(plan, DEVICE).task
+    per_method: dict[str, dict[str, dict[str, float]]] = {}
+    for site in sites:
+        cohort = cohort_of(site, plan)
+        measured: dict[str, list[dict[str, float]]] = {}
+        for patient in cohort.patients("test"):
+            of_patient: dict[str, list[dict[str, float]]] = {}
+            for volume in map(cohort.volume, patient.studies):
+                for name, prediction in task.classical(volume).items():
+                    of_patient.setdefault(name, []).append(task.measure(prediction, volume))
+            for name, studies in of_patient.items():
+                measured.setdefault(name, []).append(mean_metrics(studies))
+        for name, patients in measured.items():
+            per_method.setdefault(name, {})[site.name] = task.summary(patients)
+    return [Row(name, per_site) for name, per_site in per_method.items()]
 
 
 def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[TestPatient, Picture]]:

@@ -32,7 +32,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, encoded, show_patients
+from simulation.baselines import Row, baselines, classical_rows, encoded, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -317,6 +317,7 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
             on_done=lambda name: watcher.step(detail=name),
             start=request.start,
         ),
+        *classical_rows(request.plan, sites),
     ]
     own, elsewhere = local_means(rows, metric)
     return {
