@@ -1,4 +1,4 @@
-"""Compressed sensing with wavelets (Lustig et al. 2007, doi:10.1002/mrm.21391): what reconstruction can do without learning.
+"""Compressed sensing with wavelets (Lustig et al. 2007, doi:10.1002/mrm.21391): reconstruction that learns nothing.
 
 Finds the image x that minimises 1/2 |A x - y|^2 + weight * |W x|_1, with A the coils' sensitivities, the Fourier transform
 and the mask, and W an orthonormal wavelet transform, by FISTA (Beck and Teboulle 2009, doi:10.1137/080716542). The image is
@@ -68,9 +68,10 @@ def _shrunk_plane(plane: NDArray[np.complex64], weight: float) -> NDArray[np.com
     import pywt
 
     n_y, n_x = plane.shape
-    multiple = 2**LEVELS
+    levels = max(1, min(LEVELS, pywt.dwt_max_level(min(n_y, n_x), WAVELET)))
+    multiple = 2**levels
     padded = np.pad(plane, ((0, -n_y % multiple), (0, -n_x % multiple)), mode="edge")
-    coarse, *details = pywt.wavedec2(padded, WAVELET, mode="periodization", level=LEVELS)
+    coarse, *details = pywt.wavedec2(padded, WAVELET, mode="periodization", level=levels)
     smaller = [tuple(_soft(part, weight) for part in level) for level in details]
     back = pywt.waverec2([coarse, *smaller], WAVELET, mode="periodization")
     return np.asarray(back[:n_y, :n_x], np.complex64)

@@ -36,16 +36,12 @@ GOLDEN_ANGLE = math.pi * (math.sqrt(5) - 1) / 2
 
 def fourier(image: Tensor) -> Tensor:
     """Centred orthonormal 2-D Fourier transform over the last two axes; complex in and out, the same shape."""
-    return torch.fft.fftshift(
-        torch.fft.fft2(torch.fft.ifftshift(image, dim=(-2, -1)), norm="ortho"), dim=(-2, -1)
-    )
+    return torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(image, dim=(-2, -1)), norm="ortho"), dim=(-2, -1))
 
 
 def inverse_fourier(kspace: Tensor) -> Tensor:
     """The inverse of :func:`fourier`, and its adjoint."""
-    return torch.fft.fftshift(
-        torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=(-2, -1)), norm="ortho"), dim=(-2, -1)
-    )
+    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=(-2, -1)), norm="ortho"), dim=(-2, -1))
 
 
 def to_complex(channels: Tensor) -> Tensor:
@@ -118,7 +114,7 @@ def low_resolution_sensitivities(measured: Tensor, fraction: float) -> Tensor:
 def unit_sensitivities(maps: Tensor) -> Tensor:
     """Maps ``(batch, coil, y, x)`` scaled in every pixel so that their squares add up to 1."""
     total = maps.abs().square().sum(dim=1, keepdim=True)
-    return maps * torch.rsqrt(total + 1e-8 * total.amax(dim=(-2, -1), keepdim=True) + 1e-20)
+    return maps * torch.rsqrt(total + 1e-12 * total.amax(dim=(-2, -1), keepdim=True) + 1e-20)
 
 
 def sampling_mask(
@@ -133,8 +129,8 @@ def sampling_mask(
     ================  =========================================================================================
 
     Promise
-        Masks of lines have round(y / acceleration) of them, exactly; a radial one the share 1 / acceleration of all samples,
-        and up to one spoke more. The centre's round(centre_fraction * y) lines, or the disc of that diameter, are always
+        Masks of lines have round(y / acceleration) of them, exactly; a radial one has the share 1 / acceleration of all
+        samples, and up to one spoke more. The centre's round(centre_fraction * y) lines, or the disc of that diameter, are always
         among them.
 
     Parameters
@@ -205,9 +201,7 @@ def _middle(n: int, fraction: float) -> slice:
     return slice(first, first + n_kept)
 
 
-def _spokes(
-    shape: tuple[int, int], acceleration: float, n_centre: int, rng: np.random.Generator
-) -> NDArray[np.bool_]:
+def _spokes(shape: tuple[int, int], acceleration: float, n_centre: int, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Spokes at the golden angle on the grid of k-space, until enough samples are met."""
     y, x = np.meshgrid(*((np.arange(n) - n // 2) / n for n in shape), indexing="ij")
     sampled: NDArray[np.bool_] = np.hypot(y, x) <= n_centre / shape[0] / 2
@@ -229,8 +223,8 @@ def _spokes(
 def _no_centre(shape: tuple[int, int], acceleration: float, n_sampled: int, n_centre: int) -> FederadError:
     return FederadError(
         "P105",
-        happened=f"Acceleration {acceleration:g} of a k-space of {shape[0]} x {shape[1]} leaves {n_sampled} lines or samples, "
-        f"and its centre takes {n_centre}.",
+        happened=f"Acceleration {acceleration:g} of a k-space of {shape[0]} x {shape[1]} leaves {n_sampled} lines or "
+        f"samples, and its centre takes {n_centre}.",
         because="The centre holds the contrast and the coils' sensitivities; around it something must be measured too.",
         remedies=(
             "lower task.acceleration, or the site's own under task.site_acceleration",

@@ -101,10 +101,11 @@ class TaskTable(_Table):
     )
     target: Literal["complex", "magnitude"] = Field(
         default="complex",
-        description='what a reconstruction is compared with: "complex" coil images, or the "magnitude" of all coils',
+        description='what images are compared with: "complex" coil images, or the "magnitude" of all coils',
     )
     mask: Literal["variable-density", "equispaced", "radial"] = Field(
-        default="variable-density", description='which samples are measured: "variable-density", "equispaced" or "radial"'
+        default="variable-density",
+        description='which samples are measured: "variable-density", "equispaced" or "radial"',
     )
     acceleration: Annotated[float, Field(ge=2, le=16)] = Field(
         default=4.0, description="samples of the full k-space over measured ones, 2 to 16"
@@ -114,7 +115,10 @@ class TaskTable(_Table):
         description='sites that measure another share, such as [["site-1", 4.0], ["site-2", 8.0]]',
     )
     centre_fraction: float = Field(
-        default=0.08, gt=0, le=0.5, description="share of lines side by side in the centre of k-space, below 1/acceleration"
+        default=0.08,
+        gt=0,
+        le=0.5,
+        description="share of lines side by side in the centre of k-space, below 1/acceleration",
     )
     cascades: int = Field(default=5, ge=1, le=20, description="networks of the cascade, one after the other, 1 to 20")
     consistency: Literal["noiseless", "noisy", "none"] = Field(
@@ -485,7 +489,9 @@ class Plan(_Table):
             return self
         is_drawn = self.task.kind not in OF_WHOLE_STUDIES
         names = {label.strip().lower() for label in self.task.labels}
-        if is_drawn and (self.task.labels[:1] != ("background",) or len(set(self.task.labels)) != len(self.task.labels)):
+        if is_drawn and (
+            self.task.labels[:1] != ("background",) or len(set(self.task.labels)) != len(self.task.labels)
+        ):
             raise _ContradictionError(
                 "task.labels",
                 f"labels = {list(self.task.labels)}",
@@ -542,7 +548,11 @@ class Plan(_Table):
             return self
         wrong = {
             "dimensions": (self.data.dimensions != 2, "slices are reconstructed one by one", "dimensions = 2"),
-            "spacing_mm": (self.data.spacing_mm is not None, "k-space has the grid it was measured on", "no spacing_mm"),
+            "spacing_mm": (
+                self.data.spacing_mm is not None,
+                "k-space has the grid it was measured on",
+                "no spacing_mm",
+            ),
             "channels": (self.data.channels != ("image",), "coils take the place of sequences", 'channels = ["image"]'),
             "modality": (self.data.modality != "MR", "nothing else has k-space", 'modality = "MR"'),
         }

@@ -1,4 +1,4 @@
-"""Emulated hospitals: folders of real DICOM files, as a hospital would export them, or of k-space where a plan begins there.
+"""Emulated hospitals: folders of real DICOM files as a hospital would export them, or of k-space where plans begin there.
 
 Every hospital has one scanner and its own patients. A study is one series of classic MR images, one file per slice, with
 the outline of the lesions as a DICOM Segmentation that refers to them::
@@ -134,7 +134,13 @@ def emulate(
     with _filled_afresh(folder, manifest):
         assignments = [
             _Assignment(
-                EmulatedPatient(seed, number, index), hospital.scanner, grid, label, hospital.folder, share, _coils(plan)
+                EmulatedPatient(seed, number, index),
+                hospital.scanner,
+                grid,
+                label,
+                hospital.folder,
+                share,
+                _coils(plan),
             )
             for number, (hospital, share) in enumerate(zip(hospitals, prevalence, strict=True), start=1)
             for index in range(1, plan.simulation.patients + 1)
@@ -235,7 +241,10 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
     if plan.simulation.prevalence is not None:
-        inputs |= {"prevalence": _dealt_prevalence(plan, n_sites), "without": plan.task.labels[0] if plan.task.labels else ""}
+        inputs |= {
+            "prevalence": _dealt_prevalence(plan, n_sites),
+            "without": plan.task.labels[0] if plan.task.labels else "",
+        }
     sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return {"emulated": True, "sha256": sha256, "inputs": inputs}
 

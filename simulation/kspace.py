@@ -5,8 +5,8 @@ header, ``patient_id``), which goes through the same reader as a hospital's::
 
     site-1/EMU-0-1-001/study-1.h5
 
-The signal is that of the emulated scanner, without its magnitude and gamma: tissues in that sequence's contrast, shading and
-blur, a slowly varying phase for each slice, a ring of coils, and complex Gaussian noise in each coil. The readout is
+The signal is that of the emulated scanner, without its magnitude and gamma: tissues in that sequence's contrast, shading
+and blur, a slowly varying phase for each slice, a ring of coils, and complex Gaussian noise in each coil. The readout is
 sampled twice as densely as needed, as scanners do.
 """
 
@@ -99,7 +99,7 @@ def write_study(
     """Write coil images ``(coil, z, y, x)`` as a file of k-space in fastMRI's layout, the same bytes every time."""
     import h5py
 
-    n_coils, n_slices, n_phase, n_readout = images.shape
+    n_coils, _, n_phase, n_readout = images.shape
     wide = np.zeros((*images.shape[:3], OVERSAMPLING * n_readout), np.complex64)
     first = (wide.shape[3] - n_readout) // 2
     wide[..., first : first + n_readout] = images

@@ -67,6 +67,9 @@ class Request:
     """A folder with one folder of images for each site, or a MedMNIST file that is dealt to sites; None emulates
     hospitals."""
 
+    sites: tuple[str, ...] = ()
+    """Folders in ``data`` that take part; empty for all, or for the first ``n_sites``."""
+
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
     sites_folder: Path | None = None
@@ -150,6 +153,8 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
         result |= report_outcome(request, folder, outcome)
         if request.compare and request.plan.privacy is None and outcome.test.per_site:
             result["comparison"] = compare(request, sites, outcome, watcher)
+        if request.plan.privacy is None and (classical := learn_nothing(request, sites, watcher)):
+            result["classical"] = classical
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
@@ -189,7 +194,9 @@ def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
-        needed = request.n_sites or request.plan.strategy.minimum_sites
+        if request.sites:
+            folders = [path for path in folders if path.name in request.sites]
+        needed = len(request.sites) or request.n_sites or request.plan.strategy.minimum_sites
         if len(folders) < needed:
             raise impossible(
                 f"{request.data} holds {len(folders)} folders, and the run needs {needed}.",
@@ -280,6 +287,7 @@ def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
         "scanner": ", ".join(cohort.scanners) or "unknown",
         "patients": {split: len(cohort.patients(split)) for split in ("train", "validation", "test")},
         "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        **({"simulated": cohort.n_simulated} if cohort.n_simulated else {}),
     }
 
 
@@ -317,24 +325,32 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
             on_done=lambda name: watcher.step(detail=name),
             start=request.start,
         ),
-        *classical_rows(request.plan, sites),
     ]
     own, elsewhere = local_means(rows, metric)
     return {
         "metric": metric,
-        "rows": [
-            {
-                "method": row.method,
-                "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
-                "metrics": row.per_site,
-                "mean": row.mean(metric),
-            }
-            for row in rows
-        ],
+        "rows": [describe_row(row, metric) for row in rows],
         "local_own": own,
         "local_elsewhere": elsewhere,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def describe_row(row: Row, metric: str) -> dict[str, Any]:
+    """One method, with ``metric`` at each site and its mean."""
+    return {
+        "method": row.method,
+        "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
+        "metrics": row.per_site,
+        "mean": row.mean(metric),
+    }
+
+
+def learn_nothing(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[dict[str, Any]]:
+    """The task's methods without a network, on every site's test patients; empty where it has none."""
+    watcher.stage("methods without learning", len(sites))
+    metric = task_for(request.plan).headline
+    return [describe_row(row, metric) for row in classical_rows(request.plan, sites)]
 
 
 def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | None]:
@@ -381,6 +397,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
                         shows: patient.metrics[shows],
                         "caption": picture.caption,
                         "pixel_mm": list(picture.pixel_mm),
+                        "panels": list(picture.panels),
                     }
                 )
             )

@@ -156,8 +156,8 @@ def assert_output_keeps_the_grid(network: nn.Module, image: Tensor) -> None:
 
 
 def assert_output_fits_the_task(task: Task, network: nn.Module, image: Tensor) -> None:
-    """A value of each label for every voxel, or for every place of a coarser map where studies are labelled as a whole; each
-    coil's image where nothing is labelled."""
+    """A value of each label for every voxel, or for every place of a coarser map where studies are labelled as a whole;
+    each coil's image where nothing is labelled."""
     if task.plan.task.kind not in OF_WHOLE_STUDIES:
         assert_output_keeps_the_grid(network, image)
     with torch.inference_mode():

@@ -38,7 +38,7 @@ class Index:
 
     @classmethod
     def of(cls, source: Path) -> Index:
-        """Read ``index.csv`` (columns site, id or file, subject, split) in ``source`` or its parent; empty if there is none.
+        """Read ``index.csv`` (columns site, id or file, subject, split) in ``source`` or its parent; empty without it.
 
         Rows of another site, that is another folder name, are left aside.
         """

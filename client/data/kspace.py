@@ -1,7 +1,7 @@
 """Read k-space: fastMRI's HDF5, ISMRMRD, and NumPy files of research data; or make it up from magnitude images.
 
-Whatever is read becomes fully sampled coil images ``(coil, z, y, x)`` with y the phase-encoding direction: what a plan leaves
-out of their k-space, it leaves out itself.
+Whatever is read becomes fully sampled coil images ``(coil, z, y, x)`` with y the phase-encoding direction: what a plan
+leaves out of their k-space, it leaves out itself.
 
 ============================  ===========================================================================================
 HDF5 with ``kspace``          fastMRI (Zbontar et al. 2018, arXiv:1811.08839): complex ``(slice, [coil,] readout, phase)``;

@@ -89,7 +89,9 @@ def _correction(channels: tuple[int, ...]) -> nn.Module:
     layers: list[nn.Module] = []
     n_in = 2
     for n_out in channels:
-        layers.append(Convolution(2, n_in, n_out, kernel_size=3, act=("LEAKYRELU", {"negative_slope": 0.01}), norm=None))
+        layers.append(
+            Convolution(2, n_in, n_out, kernel_size=3, act=("LEAKYRELU", {"negative_slope": 0.01}), norm=None)
+        )
         n_in = n_out
     layers.append(Convolution(2, n_in, 2, kernel_size=3, conv_only=True))
     return nn.Sequential(*layers)

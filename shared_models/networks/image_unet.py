@@ -46,6 +46,7 @@ class PaddedUNet(nn.Module):
                 parameter.mul_(FIRST_SHARE)
 
     def forward(self, image: Tensor) -> Tensor:
+        """A correction of ``image``, shaped as it is."""
         y, x = image.shape[-2:]
         padded = F.pad(image, (0, -x % self._factor, 0, -y % self._factor))
         output: Tensor = self.head(self.unet(padded))[..., :y, :x]

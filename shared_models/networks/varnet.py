@@ -1,4 +1,4 @@
-"""The end-to-end variational network (Sriram et al. 2020, arXiv:2004.06688): sensitivities are estimated, then refined upon.
+"""The end-to-end variational network (Sriram et al. 2020, arXiv:2004.06688), which estimates sensitivities itself.
 
 A small U-Net turns the centre of k-space into the coils' sensitivities. Each cascade then takes one step in k-space: back
 towards what was measured, with a length that is learned, and along what a U-Net says of the combined image. The paper's

@@ -50,6 +50,9 @@ HIGHEST_PSNR_DB = 100.0
 SSIM_WINDOW = 7
 """Side of the square over which SSIM compares, as in fastMRI [pixels]."""
 
+DARKEST = 1.0
+"""Added to the square of a target's length, so that a window without signal pulls no harder than one bright pixel."""
+
 ERROR_GAIN = 5.0
 """How much brighter errors are shown than the image."""
 
@@ -118,8 +121,8 @@ class Reconstruction(Task):
         """
         if self.plan.task.target == "magnitude":
             output, target = (_smooth_magnitude(images) for images in (output, target))
-        error, length = ((part.square().flatten(1).sum(1) + 1e-8).sqrt() for part in (output - target, target))
-        return (error / length).mean()
+        error, length = (part.square().flatten(1).sum(1) for part in (output - target, target))
+        return ((error + 1e-8) / (length + DARKEST)).sqrt().mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
         """Coil images of every slice, ``(2 coil, z, y, x)``, in the volume's own units."""
@@ -211,7 +214,8 @@ class Reconstruction(Task):
         """What was measured of every slice, as networks take it, ``(z, 2 coil + 1, y, x)``, and each slice's scale."""
         shape = (volume.image.shape[2], volume.image.shape[3])
         masks = [
-            self._mask(volume, shape, generator("mask", volume.site, volume.key, z)) for z in range(volume.image.shape[1])
+            self._mask(volume, shape, generator("mask", volume.site, volume.key, z))
+            for z in range(volume.image.shape[1])
         ]
         return self._measured(torch.from_numpy(np.array(volume.image, np.float32)).movedim(1, 0), masks)
 
