@@ -130,8 +130,8 @@ def sampling_mask(
 
     Promise
         Masks of lines have round(y / acceleration) of them, exactly; a radial one has the share 1 / acceleration of all
-        samples, and up to one spoke more. The centre's round(centre_fraction * y) lines, or the disc of that diameter, are always
-        among them.
+        samples, and up to one spoke more. The centre's round(centre_fraction * y) lines, or the disc of that diameter, are
+        always among them.
 
     Parameters
     ----------

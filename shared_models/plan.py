@@ -123,7 +123,7 @@ class TaskTable(_Table):
     cascades: int = Field(default=5, ge=1, le=20, description="networks of the cascade, one after the other, 1 to 20")
     consistency: Literal["noiseless", "noisy", "none"] = Field(
         default="noiseless",
-        description='what each step of a cascade does with measured samples: "noiseless" returns them, "noisy" draws towards '
+        description='what each step of a cascade does to measured samples: "noiseless" returns them, "noisy" draws towards '
         'them, "none" nothing',
     )
 

@@ -239,6 +239,7 @@ def show_result(result: dict[str, Any], out: Path) -> None:
     if not rows and result["test"]:
         values = {site: metrics[result["headline"]] for site, metrics in result["test"]["per_site"].items()}
         rows = [{"method": "federated", "per_site": values, "mean": result["test"][result["headline"]]}]
+    rows = [*result.get("classical", []), *rows]
     sites = [site["name"] for site in result["sites"]]
     for site in [*sites, "mean"]:
         table.add_column(site, justify="right")

@@ -683,6 +683,8 @@ class TestIdentity:
         """
         plan = Plan.from_toml(DESIGN_EXAMPLE)
         spelt_out = plan.model_dump(mode="json", exclude_none=True)
+        for table, key in RECONSTRUCTING_KEYS:
+            spelt_out[table].pop(key, None)
 
         assert Plan.from_toml(as_toml(spelt_out)).sha256 == plan.sha256
 
