@@ -112,6 +112,10 @@ class Task(ABC):
         """Predictions for ``volume`` by methods that learn nothing, by name: what a network is set beside. Empty here."""
         return {}
 
+    def card(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> dict[str, float]:
+        """How steady ``network`` is on ``volume``, in numbers that no training asked for; empty here."""
+        return {}
+
     def summary(self, patients: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Each of :attr:`metrics` for a set of patients, from what :meth:`measure` says of each; empty for no patients.
 

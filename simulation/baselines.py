@@ -21,11 +21,14 @@ from shared_models.plan import Plan
 from shared_models.start import first_weights
 from shared_models.task import Picture, mean_metrics
 from shared_models.volume import Volume
-from shared_models.weights import Weights, averaged, decode, encode
+from shared_models.weights import Weights, averaged, decode, encode, load_weights
 from simulation.processes import process_pool
 from simulation.stations import SiteFolder, cohort_of
 
 DEVICE = "auto"
+
+N_CARDS = 2
+"""Test patients of a site on whom a model's stability is looked at: a search for the worst takes as long as training."""
 
 
 class PooledCohort:
@@ -163,6 +166,16 @@ def classical_rows(plan: Plan, sites: Sequence[SiteFolder]) -> list[Row]:
         for name, patients in measured.items():
             per_method.setdefault(name, {})[site.name] = task.summary(patients)
     return [Row(name, per_site) for name, per_site in per_method.items()]
+
+
+def stability_cards(plan: Plan, site: SiteFolder, encoded: bytes) -> list[dict[str, float]]:
+    """The task's cards of a site's first test patients under ``encoded`` weights; empty where the task has none."""
+    trainer, cohort = resident_trainer(plan, DEVICE), cohort_of(site, plan)
+    load_weights(trainer.network, decode(encoded)[0])
+    trainer.network.eval()
+    chosen = cohort.patients("test")[:N_CARDS]
+    cards = [trainer.task.card(trainer.network, cohort.volume(one.studies[0]), trainer.device) for one in chosen]
+    return [card for card in cards if card]
 
 
 def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[TestPatient, Picture]]:

@@ -30,9 +30,9 @@ from server.results import result_of
 from server.rounds import Outcome, Progress
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.task import task_for
+from shared_models.task import mean_metrics, task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, classical_rows, encoded, show_patients
+from simulation.baselines import Row, baselines, classical_rows, encoded, show_patients, stability_cards
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -155,6 +155,8 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             result["comparison"] = compare(request, sites, outcome, watcher)
         if request.plan.privacy is None and (classical := learn_nothing(request, sites, watcher)):
             result["classical"] = classical
+        if request.plan.privacy is None and (card := find_stability(request, sites, outcome)):
+            result["stability"] = card
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
@@ -351,6 +353,13 @@ def learn_nothing(request: Request, sites: list[SiteFolder], watcher: Watcher) -
     watcher.stage("methods without learning", len(sites))
     metric = task_for(request.plan).headline
     return [describe_row(row, metric) for row in classical_rows(request.plan, sites)]
+
+
+def find_stability(request: Request, sites: list[SiteFolder], outcome: Outcome) -> dict[str, dict[str, float]]:
+    """The mean stability card of each site; empty for tasks without one."""
+    weights = encoded(outcome.best)
+    cards = {site.name: stability_cards(request.plan, site, weights) for site in sites}
+    return {name: mean_metrics(of_site) for name, of_site in cards.items() if of_site}
 
 
 def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | None]:

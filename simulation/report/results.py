@@ -151,6 +151,9 @@ class Run(Part):
     classical: tuple[Method, ...] = ()
     """Methods that learn nothing, on the same test patients."""
 
+    stability: dict[str, Metrics] = {}
+    """By site, how steady the shared model is."""
+
     privacy: dict[str, Budget] | None
     versions: dict[str, str]
     started: datetime

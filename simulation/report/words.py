@@ -27,8 +27,6 @@ METRICS = {
     "magnitude_psnr": ("magnitude PSNR (dB)", ""),
     "ssim": ("SSIM", "SSIM is the likeness of structures: 1 is perfect."),
     "nmse": ("NMSE", "NMSE is the squared error over the square of the reference."),
-    "zero_filled_psnr": ("zero-filled PSNR (dB)", ""),
-    "zero_filled_ssim": ("zero-filled SSIM", ""),
 }
 """Each metric's name in a heading and what it says; any other is shown with its underscores as spaces."""
 

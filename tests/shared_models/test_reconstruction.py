@@ -10,7 +10,7 @@ import pytest
 import torch
 from contracts import example_plan
 
-from shared_models import mri
+from shared_models import mri, stability
 from shared_models.compressed_sensing import wavelet_reconstruction
 from shared_models.errors import FederadError
 from shared_models.task import task_for
@@ -257,3 +257,40 @@ class TestCompressedSensing:
         found = wavelet_reconstruction(kspace, torch.ones(1, 1, 64, 48), torch.ones_like(kspace))
 
         torch.testing.assert_close(mri.to_channels(found), image, rtol=0, atol=1e-5)
+
+
+class TestStability:
+    def test_linear_answers_have_the_amplification_of_their_matrix(self):
+        """
+        The zero-filled image changes as much as its samples, and three times of it three times as much.
+        """
+        task = task_for(a_plan(coils=2))
+        sample = torch.from_numpy(task.draw(a_head(coils=2), np.random.default_rng(0)).image)[None]
+
+        assert stability.amplification(stability.zero_filled, sample) == pytest.approx(1.0, rel=1e-3)
+        assert stability.amplification(lambda s: 3 * stability.zero_filled(s), sample) == pytest.approx(3.0, rel=1e-3)
+
+    def test_search_finds_the_direction_that_matters(self):
+        """
+        Where one sample alone is amplified tenfold, the search gets there.
+        """
+        sample = torch.cat(
+            [torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(1, 1, 8, 8)], 1
+        )
+        weight = torch.ones(1, 2, 8, 8)
+        weight[0, 0, 3, 5] = 10.0
+
+        assert stability.amplification(lambda s: s[:, :2] * weight, sample) == pytest.approx(10.0, rel=0.05)
+
+    def test_disc_comes_back_in_full_where_everything_is_measured(self):
+        """
+        And in part from a quarter of the lines.
+        """
+        image = torch.from_numpy(a_head(n_slices=1).image)[None, :, 0]
+        quarter = torch.from_numpy(mri.sampling_mask("variable-density", (64, 48), 4.0, 0.1, np.random.default_rng(0)))
+        full, part = (stability.structure(stability.zero_filled, image, mask) for mask in (
+            torch.ones(1, 1, 64, 48), quarter[None, None].float()
+        ))  # fmt: skip
+
+        assert full.network == pytest.approx(1.0, rel=1e-3)
+        assert 0.1 < part.zero_filled < 0.8

@@ -108,6 +108,19 @@ class TestRun:
 
         assert per_site["west"]["zero_filled_psnr"] < per_site["east"]["zero_filled_psnr"]
 
+    def test_stability_is_looked_at(self, folder):
+        """
+        The worst small change that a search finds, an inserted disc, and other accelerations, for each site.
+        """
+        cards = json.loads((folder / "result.json").read_text())["stability"]
+
+        assert set(cards) == set(SITES)
+        for card in cards.values():
+            assert card["amplification"] > 0.9
+            assert 0 < card["structure_zero_filled"] <= 1
+            assert card["psnr at 3x"] > card["psnr at 8x"]
+        assert 'id="stability"' in (folder / "report.html").read_text()
+
     def test_report_shows_four_images_of_a_patient(self, folder):
         """
         Reference, zero-filled, reconstruction and error side by side, without outlines.
