@@ -25,6 +25,9 @@ from shared_models.task import task_for
 
 DECLARED = 20
 
+SECRET = b"3" * 32
+"""With it some of the hospital's few patients fall into the validation split."""
+
 PRIVACY = {
     "noise_multiplier": 1.5,
     "delta": 1e-5,
@@ -49,7 +52,7 @@ def station(plan, hospitals, tmp_path) -> Station:
         device="cpu",
         policy=Policy(lifetime_epsilon=40.0, run_epsilon=20.0, minimum_patients=1),
     )
-    made = Station.create(tmp_path / "station", config)
+    made = Station.create(tmp_path / "station", config, secret=SECRET)
     made.approve(plan, declared_size=DECLARED)
     return made
 
@@ -104,6 +107,7 @@ class TestWhatLeaves:
         def lost(*_):
             raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
 
+        assert station.cohort(plan).patients("validation")
         monkeypatch.setattr(Trainer, "measure", lost)
         answer = answered(station, ask_of(plan, 2))
 
