@@ -421,7 +421,7 @@ class TestRunReport:
         page = a_page(tmp_path, result)
 
         assert "noise: 0.748 to 0.908" in page.text
-        assert any("noise: 0.761 to 0.961" in cell for row in page.table("sites") for cell in row)
+        assert any("noise: 0.761 to 0.961" in cell for row in page.table("sites") for cell in row.values())
         assert "for an epsilon of 1.97" in page.text
         assert "never left a station" not in page.text
 
