@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from client.site import is_emulated
+from client.training import resident_trainer
 from server.journal import Journal
 from server.results import result_of
 from server.rounds import Outcome, Progress
@@ -32,7 +34,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, encoded, show_patients
+from simulation.baselines import DEVICE, Row, baselines, encoded, measure_everywhere, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -76,7 +78,7 @@ class Request:
     """The model.safetensors at which a plan with ``strategy.start`` begins."""
 
     compare: bool = True
-    """Whether to train the central and the local models too; without ``[privacy]`` alone."""
+    """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
     command: str = ""
 
@@ -148,7 +150,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=watcher.progress,
         )
         result |= report_outcome(request, folder, outcome)
-        if request.compare and request.plan.privacy is None and outcome.test.per_site:
+        if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
@@ -302,15 +304,25 @@ def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:
     return {"status": status, "message": message, "rounds": records, "weights_sha256": last}
 
 
+def can_compare(plan: Plan, sites: list[SiteFolder], outcome: Outcome) -> bool:
+    """Whether a comparison may be made. It measures exactly, which under ``[privacy]`` is for emulated patients only."""
+    if plan.privacy is None:
+        return bool(outcome.test.per_site)
+    return all(is_emulated(site.data) for site in sites)
+
+
 def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> dict[str, Any]:
-    """Federated beside central and local models, on every site's test patients."""
+    """Federated beside central and local models, on every site's test patients: exactly, whatever was released of them."""
     began = time.monotonic()
-    metric = task_for(request.plan).headline
+    plan, metric = request.plan, task_for(request.plan).headline
+    shared = outcome.test.per_site
+    if plan.privacy is not None:
+        shared = measure_everywhere(resident_trainer(plan, DEVICE), outcome.best, plan, sites)
     watcher.stage("central and local models", len(sites) + 1)
     rows = [
-        Row("federated", outcome.test.per_site),
+        Row("federated", shared),
         *baselines(
-            request.plan,
+            plan,
             sites,
             seed=request.seed,
             workers=request.execution.workers,
