@@ -50,7 +50,10 @@ alone() { # whoever works at the operator's machine can reach Flower's Control A
 packages() { # Debian's, where they are missing
     needed='' nginx=''
     python3 -c 'import ensurepip' 2>/dev/null || needed='python3 python3-venv'
-    [ "$role" = site ] || [ -x /usr/sbin/nginx ] || nginx='nginx-light'
+    case $role in
+    site) command -v setfacl >/dev/null || needed="$needed acl" ;; # with which the images are opened to the station
+    server) [ -x /usr/sbin/nginx ] || nginx='nginx-light' ;;
+    esac
     if [ -n "$needed$nginx" ]; then
         apt-get update
         # shellcheck disable=SC2086  # a list of words

@@ -17,6 +17,6 @@ START_VARIABLE = "FEDERAD_START"
 
 def typed(program: str, command: str) -> str:
     """A command of ``program`` as it is typed here."""
-    if command.split()[0] == "start" and (start := os.environ.get(START_VARIABLE)):
+    if command.split(maxsplit=1)[0] == "start" and (start := os.environ.get(START_VARIABLE)):
         return start
     return f"{os.environ.get(TYPED_VARIABLE) or program} {command}"
