@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from shared_models.commands import typed
 from shared_models.errors import TITLES, FederadError
 
 if TYPE_CHECKING:
@@ -290,6 +291,8 @@ def status(
     console.print(runs_table(told["runs"]))
     if not told["running"]:
         show_next(hint(consortium.folder, "start"))
+    elif not told["sites"]:
+        show_next(hint(consortium.folder, "invite SITE"))
     else:
         show_next(hint(consortium.folder, "run PLAN.toml"), hint(consortium.folder, "watch [RUN]"))
 
@@ -424,8 +427,9 @@ def opened(given: Path | None) -> Consortium:
 
 def hint(folder: Path, command: str) -> str:
     """A command as it can be typed here and now."""
-    is_found = find_folder(None).absolute() == folder.absolute()
-    return f"federad-server {command}" + ("" if is_found else f" --dir {shlex.quote(str(folder))}")
+    if find_folder(None).absolute() == folder.absolute():
+        return typed("federad-server", command)
+    return f"federad-server {command} --dir {shlex.quote(str(folder))}"
 
 
 def split_host(text: str) -> tuple[str, int]:

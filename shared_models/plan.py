@@ -523,7 +523,10 @@ class Plan(_Table):
                 "P100",
                 happened=f"The plan {path} cannot be read ({type(error).__name__}).",
                 because="Everything a run does is written there.",
-                remedies=("check the path and that the file is text", "example plans lie in simulation/plans"),
+                remedies=(
+                    "check the path and that the file is text; a service reads it under its own account",
+                    "example plans lie in simulation/plans",
+                ),
             ) from None
         return cls.from_toml(text, name=str(path))
 
