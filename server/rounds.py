@@ -157,7 +157,7 @@ class Exchange:
         self._rounds, self._roster, self._grid = rounds, rounds.roster, rounds.grid
         self._question = question
         self._shapes = rounds.shapes
-        self._ask = Ask(question, rounds.seed, weights, control)
+        self._sent = Ask(question, rounds.seed, weights, control)
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[str, int] = {}
         self._deadline = 0.0
@@ -179,7 +179,7 @@ class Exchange:
         """
         self._deadline = time.monotonic() + self._rounds.plan.strategy.deadline_s
         self._n_most = self._roster.n_most()
-        with self._rounds.enclosed(encode_ask(self._ask)) as content:
+        with self._rounds.enclosed(encode_ask(self._sent)) as content:
             self._look(content)
             self._rounds.tell("asked", self._question, n_sites=self.n_asked)
             while self._goes_on():
@@ -486,7 +486,7 @@ class Rounds:
             mean.add(answer.update, weight, norm)
             if per_step is not None:
                 n_steps = np.float32(local_steps(self.plan, answer.counts.get("trained", 0)))
-                per_step.add({name: array / n_steps for name, array in answer.update.items()}, weight, norm)
+                per_step.add({name: np.asarray(a / n_steps) for name, a in answer.update.items()}, weight, norm)
             if "training_loss" in answer.metrics:
                 losses[answer.site] = (answer.metrics["training_loss"], weight)
             answers.append(_without_update(answer))

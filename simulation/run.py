@@ -75,6 +75,9 @@ class Request:
     start: Path | None = None
     """The model.safetensors at which a plan with ``strategy.start`` begins."""
 
+    snapshots: tuple[int, ...] = ()
+    """Rounds whose weights are kept in the folder, as ``round-00100.safetensors``."""
+
     compare: bool = True
     """Whether to train the central and the local models too; without ``[privacy]`` alone."""
 
@@ -136,6 +139,12 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     journal_folder = folder / "journal"
     shutil.rmtree(journal_folder, ignore_errors=True)
     journal = Journal(journal_folder)
+
+    def progress(event: Progress) -> None:
+        if event.what == "committed" and event.round in request.snapshots:
+            shutil.copy(journal.weights_path(event.round), folder)
+        watcher.progress(event)
+
     try:
         watcher.stage("rounds", request.plan.rounds * len(sites))
         outcome = run_rounds(
@@ -145,7 +154,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             seed=request.seed,
             execution=request.execution,
             start=request.start,
-            on_progress=watcher.progress,
+            on_progress=progress,
         )
         result |= report_outcome(request, folder, outcome)
         if request.compare and request.plan.privacy is None and outcome.test.per_site:

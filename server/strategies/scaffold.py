@@ -2,7 +2,8 @@
 
 A site's control variate changes by ``-c - update / (steps * learning rate)``, where ``c`` is the server's, which it has
 sent. So the server knows the mean of these changes from the updates alone: sites send nothing beyond what they send for
-FedAvg, and under ``[privacy]`` it is post-processing of what has left with noise (``docs/decisions/0015-control-variates.md``).
+FedAvg, and under ``[privacy]`` it is post-processing of what has left with noise
+(``docs/decisions/0015-control-variates.md``).
 
 Means are weighted as the updates are: by patients, or all alike under ``[privacy]``.
 """

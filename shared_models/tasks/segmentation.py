@@ -95,14 +95,17 @@ class Segmentation(Task):
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.uint8]:
         """Label indices ``(z, y, x)``, from overlapping windows of the training patch's size."""
+        return np.asarray(self.logits(network, volume, device).argmax(dim=0).to(torch.uint8).cpu().numpy(), np.uint8)
+
+    def logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
+        """What the network says for each label of each voxel, ``(label, z, y, x)``, from the same windows."""
         image = torch.from_numpy(np.array(volume.image, np.float32)).to(device)
         slices_first = self.plan.data.dimensions == 2
         batch = image.movedim(1, 0) if slices_first else image[None]
         logits = sliding_window_inference(batch, self.plan.data.patch, WINDOWS_AT_ONCE, network, overlap=OVERLAP)
         if not isinstance(logits, Tensor):
             raise TypeError("the network returned something other than one tensor")
-        labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return np.asarray(labels if slices_first else labels[0], np.uint8)
+        return logits.movedim(1, 0) if slices_first else logits[0]
 
     def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
         """Of the labels above background, the means of Dice [0 to 1], 95 % Hausdorff distance and mean surface distance

@@ -189,6 +189,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 
 
 CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
+LOSS_KEYS = [("training", "loss")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
@@ -242,7 +243,7 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS} == set(keys_of(Plan))
+        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS, *LOSS_KEYS} == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
@@ -452,7 +453,13 @@ class TestContradictions:
         ("_labels_are_names", ("task", "labels"), ["background", "lesion", "lesion"], "task.labels"),
         ("_network_answers_task", ("task", "network"), "scan-plane", "task.network"),
         ("_keys_are_read", ("task", "label_attribute"), "BodyPartExamined", "task.label_attribute"),
-        ("_keys_are_read", ("training", "class_weights"), [1.0, 2.0], "training.class_weights"),
+        ("_loss_fits_labels", ("training",), {"loss": "dice", "class_weights": [1.0, 2.0]}, "training.class_weights"),
+        (
+            "_channels_double",
+            ("task",),
+            {**FULL["task"], "network": "segresnet", "channels": [8, 16, 24]},
+            "task.channels",
+        ),
         ("_keys_are_read", ("task", "sharpness"), 5.0, "task.sharpness"),
     )
 
