@@ -105,6 +105,11 @@ class TaskTable(_Table):
         "take labels from labels.csv or from folders",
     )
 
+    @property
+    def named_labels(self) -> tuple[str, ...]:
+        """What a person would say is learned: all labels, but for the background of what is drawn."""
+        return self.labels if self.kind in OF_WHOLE_STUDIES else self.labels[1:]
+
 
 class SplitTable(_Table):
     """Expected shares of a site's patients; each patient's place is fixed for ever by a secret hash."""

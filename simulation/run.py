@@ -32,7 +32,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, encoded, show_patients
+from simulation.baselines import Row, baselines, encoded, shared_rows, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -316,8 +316,9 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
     began = time.monotonic()
     metric = task_for(request.plan).headline
     watcher.stage("central and local models", len(sites) + 1)
+    identity = Journal(request.folder / "journal").identity()
     rows = [
-        Row("federated", outcome.test.per_site),
+        *shared_rows(request.plan, sites, outcome.best, outcome.test.per_site, identity.run if identity else ""),
         *baselines(
             request.plan,
             sites,
@@ -328,12 +329,14 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         ),
     ]
     own, elsewhere = local_means(rows, metric)
+    personal_own, personal_elsewhere = local_means(rows, metric, "personal")
     return {
         "metric": metric,
         "rows": [
             {
                 "method": row.method,
                 "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
+                "interval": row.interval,
                 "metrics": row.per_site,
                 "mean": row.mean(metric),
             }
@@ -341,16 +344,18 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         ],
         "local_own": own,
         "local_elsewhere": elsewhere,
+        "personal_own": personal_own,
+        "personal_elsewhere": personal_elsewhere,
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
-def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | None]:
-    """Mean of each local model on its own patients, and on all others'; None where there is nothing to average."""
+def local_means(rows: list[Row], metric: str, which: str = "local") -> tuple[float | None, float | None]:
+    """Mean of each site's model, local or ``personal``, on its own patients, and on all others'; None where none is."""
     own, elsewhere = [], []
     for row in rows:
         kind, _, home = row.method.partition(":")
-        if kind == "local":
+        if kind == which:
             own += [m[metric] for site, m in row.per_site.items() if site == home and metric in m]
             elsewhere += [m[metric] for site, m in row.per_site.items() if site != home and metric in m]
     return (float(np.mean(own)) if own else None), (float(np.mean(elsewhere)) if elsewhere else None)
