@@ -33,6 +33,7 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "label_attribute"): ("classification",),
     ("task", "residual_units"): ("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
     ("task", "sharpness"): ("classification",),
+    ("task", "target"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "loss"): ("segmentation",),
     ("training", "class_weights"): ("segmentation", "classification"),
@@ -97,6 +98,9 @@ class TaskTable(_Table):
         gt=0,
         le=100,
         description="of the pooling of class maps: near 0 for the mean, 100 for nearly the maximum; leave it out for 1",
+    )
+    target: Literal["nominal", "ordinal"] | None = Field(
+        default=None, description='"ordinal" where the labels are in order, such as grades; leave it out for "nominal"'
     )
     label_attribute: str | None = Field(
         default=None,

@@ -16,6 +16,9 @@ METRICS = {
     "average_precision": ("AP", "AP is the mean share of true cases among those ranked as high as each of them."),
     "balanced_accuracy": ("balanced accuracy", "Balanced accuracy is the share recognised, averaged over labels."),
     "f1": ("F1", "F1 is the harmonic mean of precision and recall."),
+    "sensitivity": ("sensitivity", "Sensitivity is the share found where 90 % of the others are told apart."),
+    "quadratic_kappa": ("kappa", "Kappa is agreement beyond chance, the further off the worse: 1 is perfect."),
+    "rank_error": ("rank error", "The rank error is how many places a prediction is off, on average."),
     "localisation": ("localisation", "Localisation is how often the hottest point of the map lies in the outline."),
     "log_likelihood": (
         "log-likelihood",

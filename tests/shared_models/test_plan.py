@@ -189,7 +189,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 
 
 CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
-LOSS_KEYS = [("training", "loss")]
+LOSS_KEYS = [("training", "loss"), ("task", "target")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
