@@ -11,9 +11,9 @@ shows what noise and distance cost, and protects nobody. The clip stays, since t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,18 +21,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.cohort import Cohort, Patient
+from client.own import OwnState
 from client.privacy import SystemRandomness
 from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
-from shared_models.plan import Plan
+from shared_models.local_layers import staying
+from shared_models.messages import Question
+from shared_models.plan import OF_EACH_SITE, Plan
+from shared_models.seeds import derive
 from shared_models.start import first_weights
-from shared_models.task import Picture
+from shared_models.task import Picture, Task
 from shared_models.volume import Volume
 from shared_models.weights import Weights, averaged, decode, encode
 from simulation.processes import process_pool
 from simulation.stations import SiteFolder, cohort_of, open_station
 
 DEVICE = "auto"
+
+N_RESAMPLES = 1000
+"""Sets of patients that are drawn for an interval."""
 
 
 class PooledCohort:
@@ -122,6 +129,9 @@ class Row:
     per_site: dict[str, dict[str, float]]
     """Test metrics on each site's test patients; sites without any are left out."""
 
+    interval: dict[str, list[float]] = field(default_factory=dict)
+    """Of the headline metric at each site: 95 % of what patients like these might have given (:func:`interval_of`)."""
+
     def mean(self, metric: str) -> float | None:
         """Mean over the sites that have it, each counting the same; None if none has."""
         values = [metrics[metric] for metrics in self.per_site.values() if metric in metrics]
@@ -163,12 +173,77 @@ def train_alone(
 
 def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> dict[str, Any]:
     """Mean test metrics at each site that has test patients."""
-    per_site = {}
+    return {site: trainer.task.summary(patients) for site, patients in _patients(trainer, weights, plan, sites)}
+
+
+def row_of(name: str, trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> Row:
+    """One model measured at all sites, with intervals."""
+    row = Row(name, {})
+    for site, patients in _patients(trainer, weights, plan, sites):
+        row.per_site[site] = trainer.task.summary(patients)
+        if (interval := interval_of(trainer.task, patients, derive(name, site))) is not None:
+            row.interval[site] = interval
+    return row
+
+
+def interval_of(task: Task, patients: Sequence[Mapping[str, float]], seed: int) -> list[float] | None:
+    """95 % of the headline metrics of sets of patients drawn from these with replacement, each with all of its studies.
+
+    It is the bootstrap of Efron 1979 (doi:10.1214/aos/1176344552) over patients, by percentiles. None for fewer than two
+    patients, or where their metric is not defined.
+    """
+    if len(patients) < 2 or task.headline not in task.summary(patients):
+        return None
+    rng, n = np.random.default_rng(seed), len(patients)
+    if task.headline in task.ranges:  # a mean over patients
+        each = np.array([task.summary([patient])[task.headline] for patient in patients])
+        values = each[rng.integers(n, size=(N_RESAMPLES, n))].mean(axis=1)
+    else:
+        drawn = (task.summary([patients[i] for i in rng.integers(n, size=n)]) for _ in range(N_RESAMPLES))
+        values = np.array([found[task.headline] for found in drawn if task.headline in found])
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])] if len(values) else None
+
+
+def shared_rows(
+    plan: Plan, sites: Sequence[SiteFolder], shared: Weights, per_site: dict[str, dict[str, float]], run: str
+) -> list[Row]:
+    """The shared model as its sites measured it, and each site's own where the strategy keeps one, at all sites.
+
+    Under ``[privacy]`` what sites send has noise; there the shared model is measured again, exactly.
+
+    Parameters
+    ----------
+    per_site
+        Test metrics that the sites sent.
+    run
+        The run whose stations these are.
+    """
+    trainer = resident_trainer(plan, DEVICE)
+    personal = []
+    for site in sites if plan.strategy.name in OF_EACH_SITE else ():
+        own = OwnState(site.station, run, plan.sha256).before(Question(run, plan.rounds, "test", plan.sha256, ""))
+        if own:
+            personal.append(row_of(f"personal:{site.name}", trainer, shared | own, plan, sites))
+    if staying(plan, trainer.network):  # at every site another model is the shared one
+        intervals = {row.method.partition(":")[2]: row.interval for row in personal}
+        mine = {site: of_site[site] for site, of_site in intervals.items() if site in of_site}
+        exact = {name: row.per_site[name] for row in personal if (name := row.method.partition(":")[2]) in row.per_site}
+    else:
+        measured = row_of("federated", trainer, shared, plan, sites)
+        mine, exact = measured.interval, measured.per_site
+    if plan.privacy is not None:
+        per_site = exact
+    return [Row("federated", per_site, mine), *personal]
+
+
+def _patients(
+    trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]
+) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    """What is measured of each test patient, site by site, where there are any."""
     for site in sites:
         measured = trainer.measure(weights, cohort_of(site, plan), "test")
         if measured:
-            per_site[site.name] = trainer.task.summary(list(measured.values()))
-    return per_site
+            yield site.name, list(measured.values())
 
 
 def baseline(
@@ -179,7 +254,7 @@ def baseline(
     cohorts = [cohort_of(site, plan) for site in home]
     cohort = cohorts[0] if len(cohorts) == 1 else PooledCohort(cohorts)
     weights = train_alone(steps, cohort, plan, seed=seed, name=name, start=start)
-    return Row(name, measure_everywhere(steps.trainer, weights, plan, sites))
+    return row_of(name, steps.trainer, weights, plan, sites)
 
 
 def baselines(

@@ -40,6 +40,9 @@ SHARPNESS = 1.0
 LEAST_PROBABILITY = 0.01
 """Smaller probabilities of the true label count as this in the log-likelihood, so that it has a bound."""
 
+SPECIFICITY = 0.9
+"""At which sensitivity is given."""
+
 Array = NDArray[np.float64]
 
 
@@ -53,14 +56,21 @@ class Classification(Task):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        names = ("auc", "average_precision", "balanced_accuracy", "f1", "localisation")
+        names = ("auc", "average_precision", "balanced_accuracy", "f1", "sensitivity", "localisation")
         self.metrics = dict.fromkeys(names if plan.privacy is None else self.ranges, True)
+        if self.is_ordinal and plan.privacy is None:
+            self.metrics |= {"quadratic_kappa": True, "rank_error": False}
         self._weights = torch.tensor(plan.training.class_weights or [1.0] * len(plan.task.labels))
 
     @property
     def sharpness(self) -> float:
         """Of the pooling over space."""
         return self.plan.task.sharpness or SHARPNESS
+
+    @property
+    def is_ordinal(self) -> bool:
+        """Whether the labels are in order, from the first to the last."""
+        return self.plan.task.target == "ordinal"
 
     @property
     def shown(self) -> str:
@@ -97,6 +107,9 @@ class Classification(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the pooled maps, times the plan's weight of the true label; the mean over samples.
 
+        Where labels are in order (``target = "ordinal"``), how far the predicted distribution is from the true label along
+        that order takes its place (:func:`earth_mover`).
+
         Parameters
         ----------
         output
@@ -105,8 +118,10 @@ class Classification(Task):
             Label indices, int64 ``(batch,)``.
         """
         weights = self._weights.to(output)
-        each = F.cross_entropy(pooled(output, self.sharpness), target, weight=weights, reduction="none")
-        return each.mean()
+        logits = pooled(output, self.sharpness)
+        if self.is_ordinal:
+            return (weights[target] * earth_mover(logits, target)).mean()
+        return F.cross_entropy(logits, target, weight=weights, reduction="none").mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
         """Class maps of the window around the centre, ``(label, z, y, x)``; in 2-D one plane for each slice."""
@@ -179,14 +194,18 @@ class Classification(Task):
         average_precision      of the precision over recall (:func:`average_precision`)
         balanced_accuracy      mean over labels that occur, of the share that is recognised
         f1                     harmonic mean of precision and recall
+        sensitivity            share of a label's patients found where 90 % of the others are told apart
+        quadratic_kappa        agreement beyond chance of ordered labels, by squared distance (Cohen 1968)
+        rank_error             mean distance between true and predicted label, in places of their order
         localisation           share of patients with an outline whose largest heat lies inside of it
         accuracy               share of patients who get their label
         log_likelihood         mean logarithm of the true label's probability, which counts as 0.01 or more
         ``"A as B"``           share of patients who have label A and got label B: the confusion matrix
         =====================  ==============================================================================
 
-        The first two and F1 are of the second label where there are two, else the mean over labels, each against the rest.
-        Where no label has patients on both sides the first two are left out, as is ``localisation`` without an outline.
+        The first two, sensitivity and F1 are of the second label where there are two, else the mean over labels, each
+        against the rest. Where no label has patients on both sides the first two and sensitivity are left out, as is
+        ``localisation`` without an outline. Kappa and rank error are of ordered labels alone.
         """
         if not patients:
             return {}
@@ -207,6 +226,8 @@ class Classification(Task):
             "log_likelihood": float(weight @ np.log(true_probability)) / len(patients),
             **{confused(a, b): float(confusion[k, j]) for k, a in enumerate(names) for j, b in enumerate(names)},
         }
+        if self.is_ordinal:
+            found |= _ranks(confusion)
         n_outlined = sum(row["outlined"] for row in patients)
         if n_outlined:
             found["localisation"] = sum(row["hit"] for row in patients) / n_outlined
@@ -246,6 +267,22 @@ def pooled(maps: Tensor, sharpness: float) -> Tensor:
     return (torch.logsumexp(sharpness * flat, dim=2) - math.log(flat.shape[2])) / sharpness
 
 
+def earth_mover(logits: Tensor, target: Tensor) -> Tensor:
+    """Squared distance between cumulative distributions, ``(batch,)`` (Hou et al. 2016, arXiv:1611.05916, eq. 3): 0 where
+    the true label is certain, more the further away probability lies.
+
+    Parameters
+    ----------
+    logits
+        ``(batch, label)``, labels in order.
+    target
+        Label indices, int64 ``(batch,)``.
+    """
+    predicted = torch.softmax(logits, dim=1).cumsum(1)
+    true = F.one_hot(target, logits.shape[1]).to(logits).cumsum(1)
+    return ((predicted - true) ** 2).sum(1)
+
+
 def area_under_curve(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:
     """Probability that a positive scores higher than a negative, ties counting half (Hanley and McNeil 1982,
     doi:10.1148/radiology.143.1.7063747); all ``(patient,)``, both kinds present."""
@@ -261,6 +298,15 @@ def average_precision(scores: Array, is_positive: NDArray[np.bool_], weight: Arr
     return float(positive @ (found / (found + np.cumsum(negative))) / positive.sum())
 
 
+def sensitivity(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:
+    """Largest share of the positives above a threshold that leaves :data:`SPECIFICITY` of the negatives below it; all
+    ``(patient,)``."""
+    positive, negative = _by_score(scores, is_positive, weight)
+    below = np.concatenate([[0.0], np.cumsum(negative)]) / negative.sum()
+    above = 1 - np.concatenate([[0.0], np.cumsum(positive)]) / positive.sum()
+    return float(max(0.0, above[below >= SPECIFICITY - 1e-12].max()))
+
+
 def _by_score(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> tuple[Array, Array]:
     """Weight of positives and of negatives at each score that occurs, lowest first."""
     values, place = np.unique(scores, return_inverse=True)
@@ -274,7 +320,7 @@ def _curves(probabilities: Array, truth: NDArray[np.intp], weight: Array) -> dic
     """Areas under curves, of each label that some have and others have not; empty where there is none such."""
     n = probabilities.shape[1]
     labels = [k for k in ([1] if n == 2 else range(n)) if 0 < (truth == k).sum() < len(truth)]
-    metrics = {"auc": area_under_curve, "average_precision": average_precision}
+    metrics = {"auc": area_under_curve, "average_precision": average_precision, "sensitivity": sensitivity}
     return {
         name: float(np.mean([metric(probabilities[:, k], truth == k, weight) for k in labels]))
         for name, metric in metrics.items()
@@ -291,6 +337,17 @@ def _decisions(confusion: Array) -> dict[str, float]:
         "balanced_accuracy": float(np.mean(right[have > 0] / have[have > 0])),
         "f1": float(np.mean(f1[counted])),
     }
+
+
+def _ranks(confusion: Array) -> dict[str, float]:
+    """Of ordered labels, from a confusion matrix, ``(truth, prediction)``; kappa is left out where chance alone agrees."""
+    place = np.arange(len(confusion))
+    apart = np.abs(place[:, None] - place)
+    found = {"rank_error": float((confusion * apart).sum() / confusion.sum())}
+    chance = np.outer(confusion.sum(axis=1), confusion.sum(axis=0)) / confusion.sum()
+    if (expected := float((chance * apart**2).sum())) > 0:
+        found["quadratic_kappa"] = 1 - float((confusion * apart**2).sum()) / expected
+    return found
 
 
 def _centred(volume: Volume, size: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from simulation.report import words
 from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import pictures
-from simulation.report.results import Comparison, Experiment, Measured, Run, read
+from simulation.report.results import Comparison, Experiment, Measured, Method, Run, read
 
 ALL = ""
 """Stands for all sites together where figures are kept by site."""
@@ -58,6 +58,7 @@ def write_report(folder: Path) -> Path:
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
         confusion=_confusion(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
+        comparison_has_intervals=any(row.interval for row in run.comparison.rows) if run.comparison else False,
         by_round=_by_round(run),
         galleries=pictures(folder, run.headline) if run.status == "finished" else {},
     )
@@ -219,25 +220,28 @@ def _lines(metric: str, measured: list[Measured], axis: str) -> Markup | None:
     return levels(f"{words.metric_name(metric)} over {axis}", lines, places, axis) if lines else None
 
 
-def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool]]]:
+def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool, str]]]:
     """How far each hospital's own model carries: rows of models, columns of sites.
 
-    Each cell is its text, how strong its colour is [per cent], and whether the model is at home there.
+    Each cell is its text, how strong its colour is [per cent], whether the model is at home there, and its interval.
     """
     models = {row.method.replace("local:", "model of "): row for row in comparison.rows if "local:" in row.method}
+    models |= {
+        row.method.replace("personal:", "personal, "): row for row in comparison.rows if "personal:" in row.method
+    }
     models["shared model"] = comparison.by_method["federated"]
     known = [v for row in models.values() for v in row.per_site.values()]
     low, high = min(known), max(known)
 
-    def cell(value: float | None, is_home: bool) -> tuple[str, int, bool]:
-        if value is None:
-            return words.NOTHING, 0, is_home
-        return f"{value:.2f}", round(4 + 51 * (value - low) / max(high - low, 1e-9)), is_home
+    def cell(row: Method, site: str) -> tuple[str, int, bool, str]:
+        is_home = row.method.partition(":")[2] == site
+        if (value := row.per_site.get(site)) is None:
+            return words.NOTHING, 0, is_home, ""
+        interval = row.interval.get(site)
+        shown = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+        return f"{value:.2f}", round(4 + 51 * (value - low) / max(high - low, 1e-9)), is_home, shown
 
-    return {
-        name: [cell(row.per_site.get(site), row.method == f"local:{site}") for site in run.names]
-        for name, row in models.items()
-    }
+    return {name: [cell(row, site) for site in run.names] for name, row in models.items()}
 
 
 def _by_round(run: Run) -> dict[str, list[str]]:

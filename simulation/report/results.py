@@ -119,6 +119,9 @@ class Method(Part):
 
     method: str
     per_site: Metrics
+    interval: dict[str, tuple[float, float]] = {}
+    """95 % of what other patients of a site might have given, by site."""
+
     mean: float | None
     """Mean over sites, each counting the same; None where no site has the metric."""
 
@@ -132,7 +135,8 @@ class Comparison(Part):
 
     @property
     def by_method(self) -> dict[str, Method]:
-        """The models by name: ``federated``, ``central``, and ``local:SITE`` for each hospital that could train."""
+        """The models by name: ``federated``, ``central``, and ``local:SITE`` for each hospital that could train;
+        ``personal:SITE`` where the strategy leaves a part of the model at the site."""
         return {row.method: row for row in self.rows}
 
     @property
@@ -143,7 +147,7 @@ class Comparison(Part):
 
     def at(self, site: str) -> Ways:
         """On the test patients of one site."""
-        values = {row.method: row.per_site.get(site) for row in self.rows}
+        values = {row.method: row.per_site.get(site) for row in self.rows if "personal:" not in row.method}
         shared, central, own = values.pop("federated"), values.pop("central"), values.pop(f"local:{site}", None)
         others = [v for v in values.values() if v is not None]
         return Ways(own, sum(others) / len(others) if others else None, central, shared)

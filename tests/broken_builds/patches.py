@@ -380,9 +380,8 @@ _LOOP = (
         "proximal term lost",
         (
             "client/training.py",
-            "parameter.grad.add_(parameter.detach() - anchor, alpha=self.plan.strategy.proximal_mu or 0.0)\n"
+            "        steering.act()\n        optimizer.step()\n        optimizer.zero",
             "        optimizer.step()\n        optimizer.zero",
-            "pass\n        optimizer.step()\n        optimizer.zero",
         ),
         caught_by=(f"{TRAINING}::TestStep::test_weight_decay_and_proximal_term_act_after_the_noise",),
     ),

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 
 from shared_models.plan import PrivacyTable
 from shared_models.task import task_for
-from shared_models.tasks.classification import Classification, area_under_curve, average_precision, pooled
+from shared_models.tasks.classification import Classification, area_under_curve, average_precision, pooled, sensitivity
 from shared_models.volume import Volume
 
 CPU = torch.device("cpu")
@@ -55,6 +55,58 @@ def some_patients(n_labels: int, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
 def by_hand_pooled(maps: np.ndarray, axes: tuple[int, ...], sharpness: float = 1.0) -> np.ndarray:
     """Log of the mean of exponentials."""
     return np.log(np.exp(sharpness * np.float64(maps)).mean(axis=axes)) / sharpness
+
+
+class TestOrdered:
+    def test_loss_is_the_squared_distance_of_cumulative_distributions(self):
+        """
+        Written down in NumPy; the further from the true grade, the dearer.
+        """
+        task = task_with(["none", "mild", "severe"])
+        task = task_for(task.plan.model_copy(update={"task": task.plan.task.model_copy(update={"target": "ordinal"})}))
+        maps = torch.randn(4, 3, 2, 2)
+        target = torch.tensor([0, 1, 2, 2])
+        p = softmax(by_hand_pooled(maps.numpy(), (2, 3)), axis=1)
+        expected = ((p.cumsum(1) - np.eye(3)[target].cumsum(1)) ** 2).sum(1).mean()
+
+        assert float(task.loss(maps, target)) == pytest.approx(expected, rel=1e-5)
+        near, far = (float(task.loss(10 * torch.eye(3)[None, k, :, None, None], torch.tensor([0]))) for k in (1, 2))
+        assert near < far
+
+    def test_kappa_and_rank_error_are_those_of_scikit_learn(self):
+        """
+        Forty patients with grades; chance alone has no kappa.
+        """
+        truth, probabilities = some_patients(4)
+        task = task_with(["0", "1", "2", "3"])
+        task = task_for(task.plan.model_copy(update={"task": task.plan.task.model_copy(update={"target": "ordinal"})}))
+        found = task.summary([patient(task, (int(t), list(p))) for t, p in zip(truth, probabilities, strict=True)])
+        predicted = probabilities.argmax(axis=1)
+
+        kappa = reference.cohen_kappa_score(truth, predicted, weights="quadratic")
+        assert found["quadratic_kappa"] == pytest.approx(kappa)
+        assert found["rank_error"] == pytest.approx(np.abs(truth - predicted).mean())
+
+    def test_names_without_order_have_neither(self):
+        """
+        A distance between names that are in no order would mean nothing.
+        """
+        task = task_with(["a", "b", "c"])
+        found = task.summary([patient(task, (k, [0.2, 0.3, 0.5])) for k in range(3)])
+
+        assert not {"rank_error", "quadratic_kappa"} & found.keys()
+
+
+class TestSensitivity:
+    def test_it_is_that_of_the_curve(self):
+        """
+        The highest point of scikit-learn's curve at a false positive rate of a tenth or less.
+        """
+        truth, probabilities = some_patients(2, 60)
+        weight = np.ones(len(truth))
+        fpr, tpr, _ = reference.roc_curve(truth, probabilities[:, 1], drop_intermediate=False)
+
+        assert sensitivity(probabilities[:, 1], truth == 1, weight) == pytest.approx(tpr[fpr <= 0.1].max())
 
 
 class TestDraw:
