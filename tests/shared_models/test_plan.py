@@ -44,7 +44,8 @@ FULL: Tables = {
         "samples_per_patient": 3,
         "foreground": 0.25,
         "flips": False,
-        "optimizer": "adamw",
+        "optimizer": "sgd",
+        "momentum": 0.9,
         "learning_rate": 0.002,
         "schedule": "cosine",
         "weight_decay": 0.01,
@@ -426,6 +427,7 @@ class TestFile:
 class TestContradictions:
     CASES = (
         ("_sum_to_one", ("data", "split", "train"), 0.6, "data.split"),
+        ("_momentum", ("training", "optimizer"), "adam", "training.momentum"),
         ("_proximal_term", ("strategy", "name"), "fedavg", "strategy.proximal_mu"),
         ("_proximal_term", ("strategy",), {"name": "fedprox"}, "strategy.proximal_mu"),
         ("_run_of_start", ("strategy", "start"), None, "strategy.start_run"),
