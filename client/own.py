@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
+
+import numpy as np
 
 from client.processes import write_durably
 from shared_models.errors import FederadError
 from shared_models.messages import Question
 from shared_models.weights import Weights, decode, encode, weights_sha256
+
+log = logging.getLogger(__name__)
 
 FOLDER = "own"
 
@@ -50,7 +55,13 @@ class OwnState:
         return {} if path is None else _read(path)
 
     def keep(self, question: Question, arrays: Weights) -> None:
-        """Make durable what holds after a round; of the rounds before, the one that it was made from is kept."""
+        """Make durable what holds after a round; of the rounds before, the one that it was made from is kept.
+
+        A value that is not finite would spoil all rounds to come, so then everything stays as it was before.
+        """
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            log.warning("training did not stay finite: what this site keeps for itself is that of the round before")
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"round": question.round, "sha256": weights_sha256(arrays)}, sort_keys=True)
         before = self._newest(question.round - 1)

@@ -297,8 +297,9 @@ class Station:
         if plan.privacy is None:
             releases = exact_releases(trainer, cohort, ask, site=self.name, own=own, on_progress=told)
         else:
-            paid = {"cost": cost, "reservation": reservation}
-            releases = noised_releases(trainer, cohort, ask, site=self.name, own=own, **paid, on_progress=told)
+            releases = noised_releases(
+                trainer, cohort, ask, site=self.name, own=own, cost=cost, reservation=reservation, on_progress=told
+            )
         passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
         released = noted(self.folder, passed.manifest)
         sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)

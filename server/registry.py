@@ -438,6 +438,11 @@ def _privacy_part(card: Card) -> list[str]:
 
 def _how_chosen(card: Card) -> str:
     chosen = card.plan["strategy"].get("release", "best")
+    if card.plan["strategy"].get("name") == "fedbn":
+        return (
+            "Each site measured the last round's model with normalisation layers of its own, which stayed there. This file "
+            "has those of the start: for everybody but those sites it is another model."
+        )
     if chosen == "averaged":
         return "The plan releases the average over its rounds; these figures are of the last round's own weights."
     if chosen == "last":

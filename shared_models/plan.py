@@ -34,6 +34,7 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "residual_units"): ("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
     ("task", "sharpness"): ("classification",),
     ("task", "target"): ("classification",),
+    ("task", "views"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "loss"): ("segmentation",),
     ("training", "class_weights"): ("segmentation", "classification"),
@@ -101,6 +102,11 @@ class TaskTable(_Table):
     )
     target: Literal["nominal", "ordinal"] | None = Field(
         default=None, description='"ordinal" where the labels are in order, such as grades; leave it out for "nominal"'
+    )
+    views: Literal["orthogonal"] | None = Field(
+        default=None,
+        description='"orthogonal": a 2-D network sees planes along each axis of a volume; leave it out for slices (2-D) or '
+        "volumes (3-D)",
     )
     label_attribute: str | None = Field(
         default=None,
@@ -533,6 +539,17 @@ class Plan(_Table):
                 f"patch = {list(patch)} is a single point at the network's depth {n_depths}",
                 "Normalising a single point leaves nothing of it.",
                 f"use at least {2 * factors[0]} along one axis, or fewer numbers in task.channels",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_of_cubes(self) -> Self:
+        if self.task.views is not None and (self.data.dimensions == 2 or len(set(self.data.patch)) > 1):
+            raise _ContradictionError(
+                "task.views",
+                f"views with dimensions = {self.data.dimensions} and patch = {list(self.data.patch)}",
+                "Planes along all axes go through one network, so they have one size.",
+                "set dimensions = 3 under [data], and a patch whose sides are the same",
             )
         return self
 

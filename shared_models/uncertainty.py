@@ -33,7 +33,8 @@ def entropy(probabilities: Array, axis: int = 0) -> Array:
 
 def mutual_information(members: Array) -> Array:
     """Entropy of the members' mean minus the mean of their entropies: what they disagree about [nats]."""
-    return entropy(members.mean(axis=0)) - entropy(members, axis=1).mean(axis=0)
+    between: Array = entropy(members.mean(axis=0)) - entropy(members, axis=1).mean(axis=0)
+    return between
 
 
 def disagreement(members: NDArray[np.integer], labels: int) -> float:
@@ -123,8 +124,8 @@ def dropping(network: nn.Module) -> Iterator[nn.Module]:
     dropouts = [m for m in network.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
     modes = [(m, m.training) for m in network.modules()]
     network.eval()
-    for module in dropouts:
-        module.train()
+    for dropout in dropouts:
+        dropout.train()
     try:
         yield network
     finally:
@@ -153,4 +154,5 @@ def heteroscedastic_loss(
         noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
         draws.append(-F.cross_entropy(logits + deviation * noise, target, reduction="none"))
     mean = torch.logsumexp(torch.stack(draws), dim=0) - np.log(n_draws)
-    return -mean.mean()
+    loss: Tensor = -mean.mean()
+    return loss

@@ -37,13 +37,14 @@ class Adaptive(Strategy):
 
     def step(self, weights: Weights, mean_update: Mean) -> Weights:
         """``weights + rate * first / (sqrt(second) + tau)``; moments are rounded to float32 before they are used."""
-        after, state = {}, {}
+        after: Weights = {}
+        state: Weights = {}
         for name, old in weights.items():
             update = mean_update[name]
-            first = self._moment(FIRST, name, np.zeros_like(update))
-            second = self._moment(SECOND, name, np.full_like(update, self.tau**2))
-            first = (self.beta_1 * first + (1 - self.beta_1) * update).astype(np.float32)
-            second = self.second(second, update**2).astype(np.float32)
+            mean = self._moment(FIRST, name, np.zeros_like(update))
+            square = self._moment(SECOND, name, np.full_like(update, self.tau**2))
+            first = (self.beta_1 * mean + (1 - self.beta_1) * update).astype(np.float32)
+            second = self.second(square, update**2).astype(np.float32)
             step = self.rate * first.astype(np.float64) / (np.sqrt(second.astype(np.float64)) + self.tau)
             after[name] = (old.astype(np.float64) + step).astype(np.float32)
             state |= {FIRST + name: first, SECOND + name: second}

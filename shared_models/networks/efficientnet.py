@@ -29,20 +29,20 @@ def build(plan: Plan) -> nn.Module:
     for depth, n_out in enumerate(channels):
         for unit in range(max(1, plan.task.residual_units)):
             stride = 2 if depth and not unit else 1
-            layers.append(
-                MBConvBlock(
-                    n_axes,
-                    n_in,
-                    n_out,
-                    kernel_size=3,
-                    stride=stride,
-                    image_size=sides,
-                    expand_ratio=EXPANSION,
-                    se_ratio=0.25,
-                    norm=("group", {"num_groups": groups_of(EXPANSION * n_in, n_out)}),
-                    drop_connect_rate=None,
-                )
+            block = MBConvBlock(
+                n_axes,
+                n_in,
+                n_out,
+                kernel_size=3,
+                stride=stride,
+                image_size=sides,
+                expand_ratio=EXPANSION,
+                se_ratio=0.25,
+                norm=("group", {"num_groups": groups_of(EXPANSION * n_in, n_out)}),
+                drop_connect_rate=None,
             )
+            block.set_swish(memory_efficient=False)  # the other one has no ONNX form
+            layers.append(block)
             n_in, sides = n_out, [side // stride for side in sides]
     layers.append(Convolution(n_axes, n_in, len(plan.task.labels), kernel_size=1, conv_only=True))
     return nn.Sequential(*layers)

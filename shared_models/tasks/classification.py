@@ -3,7 +3,8 @@
 Cross-entropy on whole images, brought to the training patch's size by a window around their centre. Networks give a map for
 each label (Baumgartner et al. 2017, arXiv:1612.05601), which is pooled over space to that label's logit by the logarithm
 of the mean of exponentials, between mean and maximum (Pinheiro and Collobert 2015, arXiv:1411.6228): a small finding
-counts, and the map is the heatmap. In 2-D plans the network sees slices.
+counts, and the map is the heatmap. In 2-D plans the network sees slices. With ``views`` (2.5-D; Roth et al. 2014,
+arXiv:1406.2639, whose views are turned at random, too) it sees planes of a volume along each axis.
 
 A patient's probabilities are the mean over slices and studies, and patients are what is measured. Areas under curves are
 no means over patients: they are computed from all of a site's patients, and several sites' are averaged. Under
@@ -30,6 +31,9 @@ from shared_models.volume import Volume, crop, in_greys
 
 SLICES_AT_ONCE = 16
 """Slices of one volume in one forward pass: speed and memory only."""
+
+MOST_VIEWS = 16
+"""Planes along each axis in a prediction, evenly spaced."""
 
 LARGEST_SHIFT = 1 / 16
 """How far a training window may lie off the centre of the image, as a share of its side."""
@@ -68,6 +72,11 @@ class Classification(Task):
         return self.plan.task.sharpness or SHARPNESS
 
     @property
+    def has_views(self) -> bool:
+        """Whether a 2-D network sees planes of volumes."""
+        return self.plan.task.views is not None
+
+    @property
     def is_ordinal(self) -> bool:
         """Whether the labels are in order, from the first to the last."""
         return self.plan.task.target == "ordinal"
@@ -79,11 +88,11 @@ class Classification(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
+        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(as_seen(self.plan))
         return network
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
-        """A whole image, or in 2-D one slice of it, and its label as int64 ``()``.
+        """A whole image, or in 2-D one slice of it, or one of its views, and its label as int64 ``()``.
 
         The window of the patch's size lies around the image's centre, up to a sixteenth of its side off, and is 0 (the
         mean intensity) where it reaches outside.
@@ -100,6 +109,8 @@ class Classification(Task):
         image = crop(volume.image, tuple(corner), size)
         if self.plan.data.dimensions == 2:
             image = image[:, 0]
+        elif self.has_views:
+            image = np.take(image, int(rng.integers(size[0])), axis=1 + int(rng.integers(3)))
         if self.plan.training.flips and rng.random() < 0.5:
             image = image[..., ::-1]
         return Sample(np.ascontiguousarray(image, np.float32), np.asarray(volume.category, np.int64))
@@ -124,20 +135,25 @@ class Classification(Task):
         return F.cross_entropy(logits, target, weight=weights, reduction="none").mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
-        """Class maps of the window around the centre, ``(label, z, y, x)``; in 2-D one plane for each slice."""
+        """Class maps of the window around the centre, ``(label, z, y, x)``; in 2-D one plane for each slice, and with views
+        ``(label, plane, row, column)``, as many planes along z as along y and along x."""
         size = self._size(volume)
         image = torch.from_numpy(np.array(crop(volume.image, _centred(volume, size), size), np.float32)).to(device)
-        if self.plan.data.dimensions == 3:
+        if self.plan.data.dimensions == 3 and not self.has_views:
             maps = network(image[None])[0]
         else:
-            parts = torch.split(image.movedim(1, 0), SLICES_AT_ONCE)
+            planes = image.movedim(1, 0)
+            if self.has_views:
+                places = np.linspace(0, size[0] - 1, min(size[0], MOST_VIEWS)).round().astype(np.int64)
+                planes = torch.cat([image.movedim(1 + axis, 0)[places] for axis in range(3)])
+            parts = torch.split(planes, SLICES_AT_ONCE)
             maps = torch.cat([network(part) for part in parts]).movedim(0, 1)
         return np.asarray(maps.float().cpu().numpy(), np.float32)
 
     def probabilities(self, prediction: NDArray[np.generic]) -> Array:
-        """Of each label, ``(label,)``: the softmax of the pooled maps, in 2-D averaged over slices."""
+        """Of each label, ``(label,)``: the softmax of the pooled maps, averaged over slices or views."""
         maps = torch.from_numpy(np.asarray(prediction, np.float64))
-        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 else maps[None]
+        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 or self.has_views else maps[None]
         mean: Array = torch.softmax(pooled(batch, self.sharpness), dim=1).mean(0).numpy()
         return mean
 
@@ -149,7 +165,12 @@ class Classification(Task):
         maps = torch.from_numpy(np.asarray(prediction, np.float32))
         others = (maps.sum(0) - maps[label]) / (len(maps) - 1)
         size = self._size(volume)
-        fine = F.interpolate((maps[label] - others)[None, None], size=size, mode="trilinear")[0, 0].numpy()
+        heat = maps[label] - others
+        if self.has_views:  # each voxel lies in a plane along each axis
+            along = [_interpolated(part, size).movedim(0, axis) for axis, part in enumerate(heat.chunk(3))]
+            fine = torch.stack(along).mean(0).numpy()
+        else:
+            fine = _interpolated(heat, size).numpy()
         index = [
             np.clip(np.arange(side) - c, 0, n - 1)
             for side, c, n in zip(volume.image.shape[1:], _centred(volume, size), size, strict=True)
@@ -259,6 +280,20 @@ class Classification(Task):
         """The window's sides (z, y, x): all slices in 2-D."""
         patch = self.plan.data.patch
         return (volume.image.shape[1], *patch) if len(patch) == 2 else (patch[0], patch[1], patch[2])
+
+
+def as_seen(plan: Plan) -> Plan:
+    """The plan as its network sees it: in two dimensions where it sees views of a volume."""
+    if plan.task.views is None:
+        return plan
+    return plan.model_copy(
+        update={"data": plan.data.model_copy(update={"dimensions": 2, "patch": plan.data.patch[:2]})}
+    )
+
+
+def _interpolated(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Values ``(z, y, x)`` on a grid of this size."""
+    return F.interpolate(maps[None, None], size=size, mode="trilinear")[0, 0]
 
 
 def pooled(maps: Tensor, sharpness: float) -> Tensor:

@@ -121,7 +121,8 @@ class Segmentation(Task):
         """
         if volume.label is None:
             raise ValueError("a volume without a reference cannot be measured")
-        per_label, volumes = [], {}
+        per_label: list[tuple[float, float, float]] = []
+        volumes: dict[str, float] = {}
         voxel = 1.0 if self._hd95 == "hd95_px" else math.prod(volume.spacing_mm) / 1000.0
         for k, name in list(enumerate(self.plan.task.labels))[1:]:
             found, truth = prediction == k, volume.label == k

@@ -51,7 +51,10 @@ class Experiment:
     each result. None where each run compares itself with a central and with local models."""
 
     after: Callable[[Request], dict[str, Any]] | None = None
-    """Looked at once when an arm has run, and kept as ``after`` in its result; such runs are compared with nothing else."""
+    """Looked at once when an arm has run, and kept as ``after`` in its result; such runs are compared with nothing else,
+    but for the arm ``compared``."""
+
+    compared: str | None = None
 
     snapshots: Callable[[Plan], tuple[int, ...]] = lambda plan: ()
     """Rounds of an arm whose weights are kept for it."""
@@ -168,7 +171,7 @@ def _request(
         seed=seed,
         execution=Execution(workers=workers),
         sites_folder=folder / f"sites-{hospitals}",
-        compare=experiment.measured_at is None and experiment.after is None,
+        compare=experiment.measured_at is None and (experiment.after is None or experiment.compared == arm),
         snapshots=experiment.snapshots(plan),
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, stats
 
 import simulation
 from client.training import Trainer, resident_trainer
@@ -197,8 +197,8 @@ def evaluate(results: Results) -> dict[str, Any]:
         return area_under_curve(scores, is_poor, np.ones(len(scores)))
 
     def rank(seed: dict[str, Any], number: str) -> float:
-        pairs = np.array([[p[number], -p["dice"]] for p in seed["patients"]])
-        return float(np.corrcoef(pairs.argsort(0).argsort(0).T)[0, 1])
+        scores, errors = ([p[number] for p in seed["patients"]], [1 - p["dice"] for p in seed["patients"]])
+        return float(stats.spearmanr(scores, errors).statistic)
 
     names = {
         "single": "last model",

@@ -250,8 +250,8 @@ _MECHANISM = (
         "noise in the first step only",
         (
             "client/training.py",
-            "self._private_step(optimizer, anchors, total.noised(self.randomness))",
-            "self._private_step(optimizer, anchors, total.noised(self.randomness) if step == 0 else "
+            "self._private_step(optimizer, steering, total.noised(self.randomness))",
+            "self._private_step(optimizer, steering, total.noised(self.randomness) if step == 0 else "
             "total.integers.double() * (mechanism.grid / mechanism.divisor))",
         ),
         caught_by=(
@@ -303,9 +303,9 @@ _MECHANISM = (
         "empty step skipped",
         (
             "client/training.py",
-            "                self._private_step(optimizer, anchors, total",
+            "                self._private_step(optimizer, steering, total",
             "                if not bool(total.integers.any()):\n                    continue\n"
-            "                self._private_step(optimizer, anchors, total",
+            "                self._private_step(optimizer, steering, total",
         ),
         caught_by=(f"{TRAINING}::TestNoiseAlone::test_nobody_to_train_on_still_gives_every_step_its_noise",),
     ),
@@ -384,6 +384,23 @@ _LOOP = (
             "        optimizer.step()\n        optimizer.zero",
         ),
         caught_by=(f"{TRAINING}::TestStep::test_weight_decay_and_proximal_term_act_after_the_noise",),
+    ),
+    patch(
+        "norms of FedBN leave the site",
+        ("client/side.py", "{name: array for name, array in update.items() if name not in stays}", "update"),
+        caught_by=("tests/client/test_side.py::TestFedBN::test_norms_never_leave_and_stay_as_they_were_at_the_server",),
+    ),
+    patch(
+        "failure of an own model ends the round under privacy",
+        ("client/side.py", "if self.plan.privacy is None:\n                raise", "if True:\n                raise"),
+        caught_by=("tests/client/test_side.py::TestOthers::test_failure_of_the_own_model_is_no_sign_under_privacy",),
+    ),
+    patch(
+        "own part taken from a round that was begun and not answered",
+        ("client/own.py", 'question.round - 1 if question.kind == "train" else question.round', "question.round"),
+        caught_by=(
+            "tests/client/test_side.py::TestKept::test_asked_again_it_gives_the_same_whatever_was_kept_since[scaffold]",
+        ),
     ),
     patch(
         "network checked on weights that somebody sent",

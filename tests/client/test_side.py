@@ -323,6 +323,18 @@ class TestKept:
         assert len(list((tmp_path / "site-1").rglob("*.safetensors"))) == 2
         assert own.before(Question("a-run", 1, "train", plan, "")) == {}
 
+    def test_training_that_blew_up_spoils_no_later_round(self, strategy, tmp_path):
+        """
+        Values that are not finite are not kept: the site goes on from the round before.
+        """
+        federation = Federation(plan_of(**strategy), tmp_path)
+        federation.round(1)
+        own, question = federation.own("site-1"), federation.ask(2).question
+        before = own.before(question)
+        own.keep(question, {name: np.full_like(array, np.nan) for name, array in before.items()})
+
+        laws.assert_same_bits(own.before(federation.ask(3).question), before)
+
     def test_nothing_is_shared_between_runs(self, strategy, tmp_path):
         """
         Another run of the same plan begins with nothing.

@@ -57,6 +57,50 @@ def by_hand_pooled(maps: np.ndarray, axes: tuple[int, ...], sharpness: float = 1
     return np.log(np.exp(sharpness * np.float64(maps)).mean(axis=axes)) / sharpness
 
 
+class TestViews:
+    @pytest.fixture
+    def task(self):
+        table = {"labels": ["healthy", "lesion"], "views": "orthogonal"}
+        return task_for(contracts.example_plan("classification", dimensions=3, task=table))
+
+    def test_planes_along_every_axis_are_drawn(self, task):
+        """
+        A 2-D network is trained on planes of the volume, each of which lies along one of three axes.
+        """
+        volume = numbered((8, 8, 8))
+        steps = set()
+        for seed in range(40):
+            sample = task.draw(volume, np.random.default_rng(seed))
+            assert sample.image.shape == (1, 8, 8)
+            inside = sample.image[0][(sample.image[0] > 0).all(axis=1)][:, sample.image[0].min(axis=0) > 0]
+            if inside.shape[0] > 1 and inside.shape[1] > 1:
+                steps.add((abs(inside[1, 0] - inside[0, 0]), abs(inside[0, 1] - inside[0, 0])))
+
+        assert steps == {(8.0, 1.0), (64.0, 1.0), (64.0, 8.0)}
+
+    def test_views_are_averaged_and_the_heatmap_is_a_volume(self, task):
+        """
+        A network that answers with what it sees: its maps of all planes together are the volume again.
+        """
+        volume = numbered((8, 8, 8))
+        prediction = task.predict(lambda image: torch.cat([-image, image], dim=1), volume, CPU)
+        heat = task.heat(prediction, volume, 1)
+
+        assert prediction.shape == (2, 24, 8, 8)
+        np.testing.assert_allclose(heat, 2 * volume.image[0], rtol=1e-6)
+        batch = torch.from_numpy(np.float64(prediction)).movedim(1, 0)
+        np.testing.assert_allclose(task.probabilities(prediction), torch.softmax(pooled(batch, 1.0), 1).mean(0))
+
+    def test_every_contract_of_a_task_is_kept(self, task):
+        """
+        What holds for slices and volumes holds for views.
+        """
+        batch = contracts.example_batch(task)
+        contracts.assert_measures_what_it_names(task)
+        contracts.assert_output_fits_the_task(task, task.build_network(), batch[0])
+        contracts.assert_batch_gradient_is_mean_of_patients(task.build_network(), task, batch)
+
+
 class TestOrdered:
     def test_loss_is_the_squared_distance_of_cumulative_distributions(self):
         """

@@ -190,7 +190,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 
 
 CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
-LOSS_KEYS = [("training", "loss"), ("task", "target")]
+LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
@@ -774,6 +774,7 @@ class TestClassification:
         ("_keys_are_read", ("task", "residual_units"), 2, "remove residual_units"),
         ("_keys_are_read", ("training",), {"foreground": 0.5}, "remove foreground"),
         ("_weight_for_each_label", ("training",), {"class_weights": [1.0]}, "give 2 numbers"),
+        ("_views_are_of_cubes", ("task", "views"), "orthogonal", "set dimensions = 3"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)

@@ -7,6 +7,7 @@ import json
 import contracts
 import numpy as np
 import pytest
+from test_report import a_result
 
 from server.journal import Journal
 from shared_models.plan import Plan
@@ -14,6 +15,8 @@ from shared_models.task import task_for
 from shared_models.weights import weights_sha256
 from simulation.baselines import interval_of, shared_rows
 from simulation.engine import Execution, run_rounds
+from simulation.report import write_report
+from simulation.report.results import Run, read
 from simulation.stations import SiteFolder, prepare_stations
 
 STRATEGIES = {"scaffold": {}, "fedbn": {}, "ditto": {"personal_pull": 0.1}}
@@ -74,6 +77,25 @@ class TestInterval:
         Nobody can tell from one patient what another would have given.
         """
         assert interval_of(task, self.patients(1), 0) is None
+
+
+class TestReport:
+    def test_personal_models_stand_in_the_matrix_with_their_intervals(self, tmp_path):
+        """
+        A row for each, outlined at home; the ways to train beside it are those of four, personal models left out.
+        """
+        result = a_result()
+        rows = result["comparison"]["rows"]
+        for row in list(rows):
+            row["interval"] = {site: [value - 0.05, value + 0.05] for site, value in row["per_site"].items()}
+        rows.append({"method": "personal:site-1", "per_site": {"site-1": 0.99, "site-2": 0.11}, "mean": 0.55})
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        page = write_report(tmp_path).read_text()
+
+        assert "personal, site-1" in page
+        assert "0.99" in page
+        assert f"{0.861 - 0.05:.2f} to {0.861 + 0.05:.2f}" in page
+        assert read(Run, tmp_path).comparison.at("site-2").elsewhere == pytest.approx((0.5107 + 0.4419 + 0.6833) / 3)
 
 
 class TestPersonalModels:
