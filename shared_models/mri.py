@@ -36,12 +36,16 @@ GOLDEN_ANGLE = math.pi * (math.sqrt(5) - 1) / 2
 
 def fourier(image: Tensor) -> Tensor:
     """Centred orthonormal 2-D Fourier transform over the last two axes; complex in and out, the same shape."""
-    return torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(image, dim=(-2, -1)), norm="ortho"), dim=(-2, -1))
+    kspace: Tensor = torch.fft.fft2(torch.fft.ifftshift(image, dim=(-2, -1)), norm="ortho")
+    centred: Tensor = torch.fft.fftshift(kspace, dim=(-2, -1))
+    return centred
 
 
 def inverse_fourier(kspace: Tensor) -> Tensor:
     """The inverse of :func:`fourier`, and its adjoint."""
-    return torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=(-2, -1)), norm="ortho"), dim=(-2, -1))
+    image: Tensor = torch.fft.ifft2(torch.fft.ifftshift(kspace, dim=(-2, -1)), norm="ortho")
+    centred: Tensor = torch.fft.fftshift(image, dim=(-2, -1))
+    return centred
 
 
 def to_complex(channels: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ A volume holds the fully sampled coil images; a sample is their k-space with mos
 which. Networks answer with coil images. Everything is divided by the largest value of the zero-filled image, which is
 known where nobody has the full k-space.
 
-The plan fixes what the target is, since the same image scores differently against another one. ``"complex"``: coil images
-with their phase; ``"magnitude"``: their root sum of squares, as in fastMRI (Zbontar et al. 2018, arXiv:1811.08839). The
+The plan fixes what the reference is, since the same image scores differently against another one. ``"complex"``: coil
+images with their phase; ``"magnitude"``: their root sum of squares, as in fastMRI (Zbontar et al. 2018, arXiv:1811.08839). The
 loss is the distance from the target over the target's own length, so that dark slices count as much as bright ones.
 
 In evaluation a slice has one mask, drawn from the keys of its site and study and its own number: whoever measures it,
@@ -118,10 +118,10 @@ class Reconstruction(Task):
         Parameters
         ----------
         output, target
-            Coil images, float32 ``(batch, 2 coil, y, x)``. With ``target = "magnitude"`` their root sums of squares are
+            Coil images, float32 ``(batch, 2 coil, y, x)``. With ``reference = "magnitude"`` their root sums of squares are
             compared, else the images themselves.
         """
-        if self.plan.task.target == "magnitude":
+        if self.plan.task.reference == "magnitude":
             output, target = (_smooth_magnitude(images) for images in (output, target))
         error, length = (part.square().flatten(1).sum(1) for part in (output - target, target))
         return ((error + 1e-8) / (length + DARKEST)).sqrt().mean()
@@ -189,9 +189,9 @@ class Reconstruction(Task):
         """Numbers about one study, against its fully sampled coil images.
 
         =====================  ===========================================================================================
-        psnr                   peak signal-to-noise ratio of the plan's target [dB]
+        psnr                   peak signal-to-noise ratio against the plan's reference [dB]
         gain_db                psnr - zero_filled_psnr [dB]
-        magnitude_psnr         that of the magnitude [dB]; the same as psnr where the target is the magnitude
+        magnitude_psnr         that of the magnitude [dB]; the same as psnr where that is the reference
         ssim                   structural similarity of magnitudes, the mean over slices
         nmse                   squared error of the magnitude over its square
         zero_filled_...        the same of the zero-filled image
@@ -228,12 +228,12 @@ class Reconstruction(Task):
         )
 
     def _scores(self, images: NDArray[np.generic], reference: NDArray[np.float32]) -> dict[str, float]:
-        """PSNR of the target and of the magnitude, SSIM and NMSE; coil images ``(2 coil, z, y, x)``."""
+        """PSNR against the reference and of the magnitude, SSIM and NMSE; coil images ``(2 coil, z, y, x)``."""
         ours, truth = magnitude(images), magnitude(reference)
         brightest = float(truth.max())
         square_error = float(((ours - truth) ** 2).mean())
         of_magnitude = psnr_db(square_error, brightest)
-        if self.plan.task.target == "magnitude":
+        if self.plan.task.reference == "magnitude":
             of_target = of_magnitude
         else:
             difference = np.asarray(images, np.float64) - reference

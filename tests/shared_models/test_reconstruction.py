@@ -181,7 +181,7 @@ class TestMeasures:
         head = a_head()
         turned = np.stack([-head.image[1], head.image[0]])
         complex_, magnitude = (
-            task_for(a_plan(target=target)).measure(turned, head)["psnr"] for target in ("complex", "magnitude")
+            task_for(a_plan(reference=target)).measure(turned, head)["psnr"] for target in ("complex", "magnitude")
         )
 
         assert complex_ < 20
@@ -219,7 +219,7 @@ class TestLoss:
         """
         The same image twice as bright, and twice as wrong, has the same loss.
         """
-        task = task_for(a_plan(coils=2, target=target))
+        task = task_for(a_plan(coils=2, reference=target))
         truth, said = (torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
 
         torch.testing.assert_close(task.loss(2 * said, 2 * truth), task.loss(said, truth), rtol=1e-3, atol=0)
