@@ -38,7 +38,7 @@ from simulation.stations import SiteFolder, cohort_of, open_station
 
 DEVICE = "auto"
 
-N_CARDS = 2
+N_CARDS = 1
 """Test patients of a site on whom a model's stability is looked at: a search for the worst takes as long as training."""
 N_RESAMPLES = 1000
 """Sets of patients that are drawn for an interval."""

@@ -5,8 +5,9 @@ which. Networks answer with coil images. Everything is divided by the largest va
 known where nobody has the full k-space.
 
 The plan fixes what the reference is, since the same image scores differently against another one. ``"complex"``: coil
-images with their phase; ``"magnitude"``: their root sum of squares, as in fastMRI (Zbontar et al. 2018, arXiv:1811.08839). The
-loss is the distance from the target over the target's own length, so that dark slices count as much as bright ones.
+images with their phase; ``"magnitude"``: their root sum of squares, as in fastMRI (Zbontar et al. 2018,
+arXiv:1811.08839). The loss is the distance from the target over the target's own length, so that dark slices count as
+much as bright ones.
 
 In evaluation a slice has one mask, drawn from the keys of its site and study and its own number: whoever measures it,
 measures the same. Peak signal-to-noise ratios, SSIM (Wang et al. 2004, doi:10.1109/TIP.2003.819861) and NMSE are those of
