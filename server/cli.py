@@ -336,7 +336,8 @@ def releases(folder: Dir = None, as_json: AsJson = False) -> None:
     for column in ("release", "run", "issued", "round", "sites", "test"):
         table.add_column(column)
     for card in cards:
-        test = ", ".join(f"{name} {value:.3f}" for name, value in (card.test or {}).items())
+        around = {name: f" ({low:.3f} to {high:.3f})" for name, (low, high) in (card.test_interval or {}).items()}
+        test = ", ".join(f"{name} {value:.3f}{around.get(name, '')}" for name, value in (card.test or {}).items())
         taking_part = sum(site.rounds > 0 for site in card.sites)
         when = card.issued[:16].replace("T", " ")
         table.add_row(card.model_sha256[:12], card.run, when, str(card.released_round), str(taking_part), test)
