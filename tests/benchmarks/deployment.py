@@ -1,7 +1,7 @@
 """A model of 577 MB through a real consortium on this machine: the peak memory of each of its processes.
 
-``python -m tests.benchmarks.deployment [--sites N]``. Needs nginx, some minutes and 6 GB for each site. The model is large and
-its work is small: two slices of six patients, one round. Prints one JSON line last.
+``python -m tests.benchmarks.deployment [--sites N]``. Needs nginx, some minutes and 6 GB for each site. The model is
+large and its work small: two slices of six patients, one round. Prints one JSON line last.
 """
 
 from __future__ import annotations
