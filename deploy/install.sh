@@ -98,11 +98,18 @@ settings() { # services, and the command for the administrator
             ${anchor:+-e "/^ReadWritePaths=.*station/s#\$# $anchor#"} \
             "$here/systemd/$unit.service" >"$root/etc/systemd/system/$unit.service"
     done
+    if [ "$role" = site ] && [ ! -e "$root/etc/federad/site.env" ]; then # for the courier and the command
+        install -d "$root/etc/federad"
+        echo '#HTTPS_PROXY=http://proxy.hospital.example:3128' >"$root/etc/federad/site.env"
+        chmod 600 "$root/etc/federad/site.env" # a login may stand in it
+    fi
     command=$root/usr/local/bin/federad-$role
     {
         printf '#!/bin/sh\nexport FEDERAD_TYPED="sudo federad-%s" FEDERAD_START="sudo systemctl enable --now %s"\n' "$role" "$units"
         case $role in
-        site) printf 'FEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" ;;
+        site)
+            printf 'if [ -r /etc/federad/site.env ]; then set -a; . /etc/federad/site.env; set +a; fi\n'
+            printf 'FEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" ;;
         server) # as the account that the folder belongs to
             printf 'exec setpriv --reuid=federad --regid=federad --init-groups \\\n'
             printf '    env HOME=%s FEDERAD_SERVER=%s %s/bin/federad-server "$@"\n' "$folder" "$folder" "$program" ;;
