@@ -76,10 +76,15 @@ accounts() {
 }
 
 program() { # without an NVIDIA GPU, PyTorch's build without CUDA: it is a tenth of the size
-    python3 -m venv --clear "$program"
+    rm -rf "$program.old"
+    [ ! -e "$program" ] || mv "$program" "$program.old"
+    trap 'rm -rf "$program"; [ ! -e "$program.old" ] || mv "$program.old" "$program"' EXIT # if the network fails, as before
+    python3 -m venv "$program"
     if [ "$role" = site ] && [ -e /dev/nvidiactl ]; then index=''; else index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}; fi
     "$program/bin/pip" install -c "$here/../constraints.txt" --no-deps ${index:+--index-url "$index"} torch
     "$program/bin/pip" install -c "$here/../constraints.txt" "$here/..[$role]"
+    trap - EXIT
+    rm -rf "$program.old"
 }
 
 folders() {
