@@ -270,6 +270,10 @@ class StrategyTable(_Table):
         description='"fedavg", "fedprox", "fedadam", "fedyogi", "scaffold", or one whose models differ between sites: '
         '"fedbn", "ditto"',
     )
+    weighting: Literal["equal"] | None = Field(
+        default=None,
+        description='"equal" lets every site count alike, as [privacy] always does; leave it out to count patients',
+    )
     minimum_sites: int = Field(default=2, ge=1, le=10_000, description="a round with fewer good replies pauses the run")
     deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86_400, description="seconds a round waits for its sites")
     proximal_mu: float | None = Field(

@@ -53,6 +53,7 @@ FULL: Tables = {
     },
     "strategy": {
         "name": "fedprox",
+        "weighting": "equal",
         "minimum_sites": 3,
         "deadline_s": 600.0,
         "proximal_mu": 0.01,
