@@ -441,7 +441,10 @@ def build_optimizer(plan: Plan, network: torch.nn.Module, round_: int) -> torch.
         case "adamw":
             return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
         case "sgd":
-            return torch.optim.SGD(network.parameters(), lr=rate, weight_decay=decay)
+            momentum = plan.training.momentum or 0.0
+            return torch.optim.SGD(
+                network.parameters(), lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay
+            )
 
 
 def choose_device(wanted: str) -> str:

@@ -481,6 +481,7 @@ def metadata(plan: Plan, card: Card) -> dict[str, Any]:
         "label_classes": ", ".join(f"{i} {label}" for i, label in labels.items()),
         "pred_classes": f"{len(labels)} channels of logits, one for each label",
         "eval_metrics": card.test or {},
+        **({"eval_noise_intervals": card.test_interval} if card.test_interval else {}),
         "intended_use": card.intended_use,
         "limits": list(card.limits),
         "references": ["https://arxiv.org/abs/1505.04597", "https://arxiv.org/abs/1606.06650"],

@@ -172,6 +172,8 @@ def decode_answer(data: bytes) -> Answer:
         raise _unreadable("a cost is not a finite number")
     if cost and not COST <= cost.keys() <= COST | {"image_epsilon"}:
         raise _unreadable("a cost lacks one of its figures, or has another")
+    if cost and (min(cost.values()) < 0 or not 1 <= cost["declared_size"] < 2**31):
+        raise _unreadable("a cost is none that can be")
     return Answer(site, question, refusal, update, metrics, counts, cost)
 
 

@@ -193,10 +193,24 @@ class TrainingTable(_Table):
     schedule: Literal["constant", "cosine"] = Field(
         default="constant", description='"constant", or "cosine": from learning_rate down to nearly 0 over the rounds'
     )
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, description='Nesterov momentum within a round, for "sgd" only (0.9 is usual)'
+    )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay, 0 or more")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description='"float32", or "bfloat16" for mixed precision where the device supports it'
     )
+
+    @model_validator(mode="after")
+    def _momentum(self) -> Self:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise _ContradictionError(
+                "training.momentum",
+                f'optimizer = "{self.optimizer}" with momentum = {self.momentum:g}',
+                "Adam and AdamW keep averages of their own, so the key would be ignored.",
+                'set optimizer = "sgd" or remove momentum',
+            )
+        return self
 
 
 class StrategyTable(_Table):
@@ -477,6 +491,13 @@ class Plan(_Table):
                 "A site's control variate is its mean gradient, read off how far its steps went: those of SGD alone tell.",
                 'set optimizer = "sgd" under [training]',
             )
+        if self.strategy.name == "scaffold" and self.training.momentum:
+            raise _ContradictionError(
+                "training.momentum",
+                f'momentum = {self.training.momentum:g} with name = "scaffold"',
+                "A site's control variate is its mean gradient, read off how far its steps went: momentum lengthens them.",
+                "remove momentum",
+            )
         if self.strategy.name == "fedbn" and self.task.network not in WITH_NORMS:
             raise _ContradictionError(
                 "strategy.name",
@@ -659,7 +680,10 @@ class Plan(_Table):
                 "P100",
                 happened=f"The plan {path} cannot be read ({type(error).__name__}).",
                 because="Everything a run does is written there.",
-                remedies=("check the path and that the file is text", "example plans lie in simulation/plans"),
+                remedies=(
+                    "check the path and that the file is text; a service reads it under its own account",
+                    "example plans lie in simulation/plans",
+                ),
             ) from None
         return cls.from_toml(text, name=str(path))
 

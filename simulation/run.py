@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from client.site import is_emulated
 from server.journal import Journal
 from server.results import result_of
 from server.rounds import Outcome, Progress
@@ -79,7 +80,7 @@ class Request:
     """Rounds whose weights are kept in the folder, as ``round-00100.safetensors``."""
 
     compare: bool = True
-    """Whether to train the central and the local models too; without ``[privacy]`` alone."""
+    """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
     command: str = ""
 
@@ -157,7 +158,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=progress,
         )
         result |= report_outcome(request, folder, outcome)
-        if request.compare and request.plan.privacy is None and outcome.test.per_site:
+        if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
@@ -311,16 +312,23 @@ def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:
     return {"status": status, "message": message, "rounds": records, "weights_sha256": last}
 
 
+def can_compare(plan: Plan, sites: list[SiteFolder], outcome: Outcome) -> bool:
+    """Whether a comparison may be made. It measures exactly, which under ``[privacy]`` is for emulated patients only."""
+    if plan.privacy is None:
+        return bool(outcome.test.per_site)
+    return all(is_emulated(site.data) for site in sites)
+
+
 def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> dict[str, Any]:
-    """Federated beside central and local models, on every site's test patients."""
+    """Federated beside central and local models, on every site's test patients: exactly, whatever was released of them."""
     began = time.monotonic()
-    metric = task_for(request.plan).headline
+    plan, metric = request.plan, task_for(request.plan).headline
     watcher.stage("central and local models", len(sites) + 1)
     identity = Journal(request.folder / "journal").identity()
     rows = [
-        *shared_rows(request.plan, sites, outcome.best, outcome.test.per_site, identity.run if identity else ""),
+        *shared_rows(plan, sites, outcome.best, outcome.test.per_site, identity.run if identity else ""),
         *baselines(
-            request.plan,
+            plan,
             sites,
             seed=request.seed,
             workers=request.execution.workers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -29,6 +29,8 @@ class Cell:
     start: float
     width: float
     tone: str
+    note: str = ""
+    """A second, smaller line."""
 
 
 def write_report(folder: Path) -> Path:
@@ -123,14 +125,22 @@ def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     """The figures of the table of sites by column and site: test metrics, then how far the alternatives are."""
     if run.test:
         for metric in (metric for metric in run.metrics if metric in run.test.mean):
-            values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
-            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean.get(metric)})
+            values = {site: run.test.at(site, metric) for site in run.names}
+            around = {site: run.test.interval(metric, site) for site in run.names} | {ALL: run.test.interval(metric)}
+            cells = _cells({**values, ALL: run.test.mean.get(metric)})
+            yield f"Test {words.metric_name(metric)}", {s: replace(c, note=_noise(around[s])) for s, c in cells.items()}
     if run.comparison:
         ways = {**{site: run.comparison.at(site) for site in run.names}, ALL: run.comparison.mean}
+        if run.is_private:  # elsewhere the test figures say it
+            yield "Shared model, exactly", _cells({site: w.shared for site, w in ways.items()})
         yield "Own model", _cells({site: w.own for site, w in ways.items()})
         yield "Central model", _cells({site: w.central for site, w in ways.items()})
         yield "Gain over own", _cells({site: w.gain(w.own) for site, w in ways.items()}, signed=True)
         yield "Gap to central", _cells({site: w.gain(w.central) for site, w in ways.items()}, signed=True)
+
+
+def _noise(interval: tuple[float, float] | None) -> str:
+    return "noise: " + " to ".join(words.figures(interval)) if interval else ""
 
 
 def _cells(values: Mapping[str, float | None], *, signed: bool = False) -> dict[str, Cell]:
@@ -182,7 +192,7 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
     shares = {a: [mean.get(confused(a, b), 0.0) for b in run.labels] for a in run.labels}
     if run.test is None or not any(confused(a, b) in mean for a in run.labels for b in run.labels):
         return {}
-    n = sum(site["patients"] for site in run.test.per_site.values())
+    n = sum(run.test.at(site, "patients") or 0 for site in run.test.per_site)
     return {
         a: [
             (f"{share * n:.0f}", round(70 * share / (sum(row) or 1.0)), a == b)

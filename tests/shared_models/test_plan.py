@@ -44,7 +44,8 @@ FULL: Tables = {
         "samples_per_patient": 3,
         "foreground": 0.25,
         "flips": False,
-        "optimizer": "adamw",
+        "optimizer": "sgd",
+        "momentum": 0.9,
         "learning_rate": 0.002,
         "schedule": "cosine",
         "weight_decay": 0.01,
@@ -440,7 +441,8 @@ class TestContradictions:
             "strategy.personal_pull",
         ),
         ("_last_of_each_site", ("strategy",), {"name": "fedbn", "release": "best"}, "strategy.release"),
-        ("_strategy_fits", ("strategy",), {"name": "scaffold"}, "training.optimizer"),
+        ("_strategy_fits", ("strategy",), {"name": "scaffold"}, "training.momentum"),
+        ("_momentum", ("training", "optimizer"), "adam", "training.momentum"),
         ("_run_of_start", ("strategy", "start"), None, "strategy.start_run"),
         ("_average", ("strategy", "release"), "last", "strategy.average_decay"),
         ("_average", ("strategy", "average_decay"), None, "strategy.average_decay"),
@@ -473,6 +475,15 @@ class TestContradictions:
         assert error.code == "P103"
         assert error.happened.startswith(f"the plan: {named}: ")
         assert error.remedies[0]
+
+    def test_scaffold_wants_steps_that_tell_the_gradient(self):
+        """
+        With an optimiser that scales each step, a site's control variate could not be read off its weights.
+        """
+        tables = with_value(("strategy",), {"name": "scaffold"})
+        tables["training"] = {"optimizer": "adam"}
+
+        assert refused(tables).happened.startswith("the plan: training.optimizer: ")
 
     def test_every_check_of_the_plan_is_tried(self):
         """
