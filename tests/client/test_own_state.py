@@ -96,8 +96,8 @@ class TestPrivacy:
     def test_nothing_more_leaves_or_is_paid_and_what_is_kept_is_harmless(self, plan, hospitals, tmp_path):
         """
         An answer holds the noised update at the price of FedAvg; the norms of FedBN are not in it, nor is any figure of an
-        own model. SCAFFOLD's control variate follows from the answer and public numbers, and FedBN's norms moved with noised
-        steps, so that all of them moved.
+        own model. SCAFFOLD's control variate follows from the answer and public numbers; all of FedBN's norms moved, as
+        noised steps make them.
         """
         plain = private(plan, PRIVACY, strategy={"name": "fedavg", "personal_pull": None})
         station = station_in(tmp_path, hospitals, plan)
