@@ -32,6 +32,7 @@ WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per
 READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "label_attribute"): ("classification",),
     ("task", "residual_units"): ("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
+    ("task", "dropout"): ("segmentation", "resnet", "scan-plane", "densenet"),
     ("task", "sharpness"): ("classification",),
     ("task", "target"): ("classification",),
     ("task", "views"): ("classification",),
@@ -94,6 +95,12 @@ class TaskTable(_Table):
         description="features at each depth, e.g. [16, 32, 64, 128]",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+    dropout: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of features that are left out at random while training, such as 0.1; leave it out for none",
+    )
     sharpness: float | None = Field(
         default=None,
         gt=0,

@@ -190,7 +190,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 
 
 CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
-LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
+LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views"), ("task", "dropout")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
