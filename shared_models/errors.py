@@ -18,6 +18,7 @@ TITLES: dict[str, str] = {
     "P102": "a key of the plan is unknown, missing or has an impossible value",
     "P103": "two keys of the plan contradict each other",
     "P104": "the plan asks for something that this version does not implement",
+    "P105": "the acceleration leaves no centre of k-space",
     "C134": "what a site keeps for itself of a run is damaged",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",
