@@ -55,6 +55,7 @@ def kept_after(station, plan, round_):
 
 
 class TestCrash:
+    @pytest.mark.parametrize("tables", ["scaffold", "ditto"], indirect=True)
     def test_crash_before_an_answer_is_stored_changes_no_bit(self, tables, hospitals, tmp_path, monkeypatch):
         """
         What was kept is on the disk, the answer is not: asked again after a restart, the site trains from what it kept of
@@ -75,6 +76,7 @@ class TestCrash:
         assert reopened.answer(questions[1]) == expected[1]
         laws.assert_same_bits(kept_after(reopened, plan, 2), kept_after(steady, plan, 2))
 
+    @pytest.mark.parametrize("tables", ["fedbn"], indirect=True)
     def test_emulated_site_that_begins_anew_keeps_nothing(self, tables, hospitals, tmp_path):
         """
         A simulation that runs again starts from what any run starts from.
