@@ -36,7 +36,13 @@ def exact_releases(
     if ask.question.kind != "train":
         return [Release("metric", metrics), Release("count", counts)]
     trained = trainer.train(
-        ask.weights, cohort, seed=ask.seed, site=site, round_=ask.question.round, on_progress=on_progress
+        ask.weights,
+        cohort,
+        seed=ask.seed,
+        site=site,
+        round_=ask.question.round,
+        adversary=ask.adversary,
+        on_progress=on_progress,
     )
     return [
         Release("update", trained.update),
@@ -124,3 +130,13 @@ class _Only:
 
     def volume(self, study: str) -> Volume:
         return self.cohort.volume(study)
+
+    def scanner(self, study: str) -> str | None:
+        return self.cohort.scanner(study)
+
+    def is_unlabelled(self, study: str) -> bool:
+        return self.cohort.is_unlabelled(study)
+
+    @property
+    def declared_scanners(self) -> Sequence[str] | None:
+        return self.cohort.declared_scanners

@@ -29,6 +29,7 @@ from server.accumulator import ExactMean, largest_norm, norm_of
 from server.journal import Journal, RunIdentity
 from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
+from shared_models.adaptation import left_of_adversary
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Ask, AskKind, Question, decode_answer, encode_ask
 from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, trouble_in, unpack
@@ -174,7 +175,7 @@ class Exchange:
         """
         self._deadline = time.monotonic() + self._rounds.plan.strategy.deadline_s
         self._n_most = self._roster.n_most()
-        with self._rounds.enclosed(encode_ask(Ask(self._question, self._rounds.seed, self._weights))) as content:
+        with self._rounds.enclosed(encode_ask(self._rounds.ask(self._question, self._weights))) as content:
             self._look(content)
             self._rounds.tell("asked", self._question, n_sites=self.n_asked)
             while self._goes_on():
@@ -410,6 +411,11 @@ class Rounds:
     def weight_of(self, answer: Answer) -> int:
         """How much an update counts: by patients, or all alike under ``[privacy]``, where no number of patients leaves."""
         return 1 if self.plan.privacy is not None else answer.counts.get("trained", 0)
+
+    def ask(self, question: Question, weights: Weights) -> Ask:
+        """A question with its weights, and what the automatic stop has left of an adversary."""
+        validations = [(record.validation or {}).get(self._headline) for record in self._records]
+        return Ask(question, self.seed, weights, left_of_adversary(self.plan, validations))
 
     def tell(self, what: Any, question: Question, **details: Any) -> None:
         """Report progress on a question."""

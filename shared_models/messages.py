@@ -66,6 +66,8 @@ class Ask:
     """Seed of the run, from which sites derive their own (never used for privacy)."""
 
     weights: Weights
+    adversary: float = 1.0
+    """What the run's automatic stop has left of the plan's reversed gradient, 0 to 1; only plans with an adversary read it."""
 
 
 COST = frozenset({"epsilon", "delta", "declared_size"})
@@ -97,7 +99,8 @@ class Answer:
 
 def encode_ask(ask: Ask) -> bytes:
     """The bytes of a question."""
-    return encode(ask.weights, json.dumps({**asdict(ask.question), "seed": ask.seed}, sort_keys=True))
+    header = {**asdict(ask.question), "seed": ask.seed, "adversary": ask.adversary}
+    return encode(ask.weights, json.dumps(header, sort_keys=True))
 
 
 def decode_ask(data: bytes) -> Ask:
@@ -109,12 +112,14 @@ def decode_ask(data: bytes) -> Ask:
         M211 if the bytes are not a whole and consistent question.
     """
     weights, text = decode(data)
-    header = _header(text, Question.__annotations__.keys() | {"seed"})
-    seed = header.pop("seed")
+    header = _header(text, Question.__annotations__.keys() | {"seed", "adversary"})
+    seed, adversary = header.pop("seed"), header.pop("adversary")
     question = _question(header)
+    if not _is_finite(adversary) or not 0 <= adversary <= 1:
+        raise _unreadable("what is left of the adversary is no share")
     if not _is_int(seed) or question.weights_sha256 != weights_sha256(weights):
         raise _unreadable("the weights are not the ones it names")
-    return Ask(question, seed, weights)
+    return Ask(question, seed, weights, adversary)
 
 
 def encode_answer(answer: Answer) -> bytes:

@@ -49,6 +49,19 @@ class PooledCohort:
         """A volume from the site that has it."""
         return self._home[study].volume(study)
 
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with."""
+        return self._home[study].scanner(study)
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+        return self._home[study].is_unlabelled(study)
+
+    @property
+    def declared_scanners(self) -> tuple[str, ...] | None:
+        """All that the sites declared."""
+        return tuple(name for cohort in self._cohorts for name in cohort.declared_scanners or ()) or None
+
 
 @dataclass(frozen=True)
 class Row:

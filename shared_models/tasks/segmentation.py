@@ -18,9 +18,8 @@ from monai.metrics import compute_hausdorff_distance
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shared_models.networks import NETWORKS
+from shared_models import networks
 from shared_models.plan import Plan
-from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task
 from shared_models.volume import Volume, crop, in_greys
 
@@ -46,8 +45,7 @@ class Segmentation(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
-        return network
+        return networks.build(self.plan)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """A patch, and its labels as int64 ``(1, [z,] y, x)``.

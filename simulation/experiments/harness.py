@@ -46,9 +46,12 @@ class Experiment:
     data: str | None = None
     """What is given with ``--data``, in words, for an experiment on real images; None emulates hospitals."""
 
+    compares: bool = True
+    """Whether each run compares itself with a central and with local models."""
+
     measured_at: str | None = None
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
-    each result. None where each run compares itself with a central and with local models."""
+    each result. None where each run is measured on its own."""
 
 
 def row(method: str, metric: str, split: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -162,7 +165,7 @@ def _request(
         seed=seed,
         execution=Execution(workers=workers),
         sites_folder=folder / f"sites-{hospitals}",
-        compare=experiment.measured_at is None,
+        compare=experiment.compares and experiment.measured_at is None,
     )
 
 

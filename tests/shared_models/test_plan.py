@@ -67,10 +67,25 @@ FULL: Tables = {
         "scanners": ["one", "two"],
         "prevalence": [0.5, 0.25],
         "label_skew": 0.5,
+        "confounding": [0.9, 0.1],
+        "size_skew": 2.0,
+        "unlabelled": ["two"],
+        "unseen": ["three", "four"],
+        "unseen_prevalence": [0.3],
+        "unseen_confounding": [0.2],
         "drop_out": 0.1,
         "delay_s": 2.0,
         "late_joiners": 1,
         "late_round": 3,
+    },
+    "adaptation": {
+        "appearance": True,
+        "adversarial": "scanner",
+        "strength": 0.7,
+        "conditional": True,
+        "gradient_ratio": 0.1,
+        "warm_up": 0.3,
+        "scanners": ["SIEMENS 3 T", "GE 1.5 T"],
     },
 }
 """A plan with every key that exists, none at its default."""
@@ -112,8 +127,10 @@ DESIGN_PRIVACY = {
 }
 """The table of the design's example."""
 
+DESIGN_ADAPTATION = {"appearance": True, "adversarial": "scanner", "strength": 0.3}
+"""The table of the design's example."""
+
 RESERVED = {
-    "adaptation": {"appearance": True, "adversarial": "scanner", "strength": 0.3},
     "secure_sum": {"threshold": 0.67},
 }
 """The tables of the design's example that this version does not implement."""
@@ -211,7 +228,7 @@ PRIVACY: Tables = {
 """Every key of ``[privacy]`` but epsilon, none at its default."""
 
 PRIVATE: Tables = {
-    **FULL,
+    **{table: keys for table, keys in FULL.items() if table != "adaptation"},
     "training": {k: v for k, v in FULL["training"].items() if k not in ("epochs", "batch_size")},
     "privacy": PRIVACY,
 }
@@ -612,6 +629,66 @@ class TestPrivacy:
         changed = plan.privacy.model_copy(update={key[1]: another(getattr(plan.privacy, key[1]))})
 
         assert plan.model_copy(update={"privacy": changed}).sha256 != plan.sha256
+
+
+class TestAdaptation:
+    def test_design_example_tells_scanners_apart(self):
+        """
+        The table of the design is read, with the defaults of what it leaves out.
+        """
+        plan = Plan.from_toml(DESIGN_EXAMPLE + as_toml({"adaptation": DESIGN_ADAPTATION}))
+
+        assert plan.is_adversarial
+        assert plan.adaptation is not None
+        assert (plan.adaptation.strength, plan.adaptation.scanners) == (0.3, None)
+
+    @pytest.mark.parametrize(
+        ("table", "word"),
+        [
+            ({}, "adapts nothing"),
+            ({"appearance": False}, "adapts nothing"),
+            ({"appearance": True, "strength": 0.3}, "strength without adversarial"),
+            ({"appearance": True, "conditional": False}, "conditional without adversarial"),
+            ({"adversarial": "scanner", "scanners": ["Siemens", "Acme 3 T"]}, "Acme 3 T"),
+        ],
+        ids=str,
+    )
+    def test_table_that_says_nothing_or_too_much_is_refused(self, table, word):
+        """
+        A table without effect, a key that nothing would read, and a maker that nobody knows.
+        """
+        error = refused({**LEAST, "adaptation": table})
+
+        assert error.code == "P103"
+        assert word in error.happened
+
+    def test_appearance_alone_is_one_plan_however_it_is_written(self):
+        """
+        Keys that only an adversary reads leave no trace in a plan without one.
+        """
+        plan = Plan.from_tables({**LEAST, "adaptation": {"appearance": True}})
+
+        assert "strength" not in plan.canonical_json()
+        assert Plan.from_tables(json.loads(plan.canonical_json())).sha256 == plan.sha256
+
+    def test_adversary_is_refused_where_images_are_the_unit(self):
+        """
+        Its gradient is bounded for each patient, and for nothing smaller.
+        """
+        error = refused({**PRIVATE, "adaptation": DESIGN_ADAPTATION})
+
+        assert error.code == "P103"
+        assert "unit" in error.happened
+
+    def test_unlabelled_studies_take_part_without_privacy_alone(self):
+        """
+        Under privacy nothing is trained on a study without a reference.
+        """
+        open_ = Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION})
+        private = Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION, "privacy": DESIGN_PRIVACY})
+
+        assert open_.takes_unlabelled
+        assert not private.takes_unlabelled
 
 
 class TestNotYet:
