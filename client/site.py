@@ -41,8 +41,8 @@ class SiteConfig(BaseModel):
     """File with the second copy of the ledger, absolute, best on another disk; left out, it lies beside the ledger."""
 
     scanners: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=100)
-    """This hospital's scanners, typed by somebody here, such as ``["SIEMENS Aurora 1.5 T", "GE 3 T"]``: they are told to the
-    operator, and decide under ``[privacy]`` whether a discriminator of scanners trains here."""
+    """This hospital's scanners, typed by somebody here, such as ``["SIEMENS Aurora 1.5 T", "GE 3 T"]``: they are told to
+    the operator, and decide under ``[privacy]`` whether a discriminator of scanners trains here."""
 
     emulated: bool = False
     """Whether the patients here are made up; only a simulation says so."""
@@ -55,7 +55,9 @@ class SiteConfig(BaseModel):
     def _from_the_vocabulary(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
             if parse_scanner(name).maker == OTHER or not re.fullmatch(SCANNER, name):
-                raise ValueError(f"{name!r} is no scanner: begin with one of {', '.join(MAKERS)}, at most 64 characters")
+                raise ValueError(
+                    f"{name!r} is no scanner: begin with one of {', '.join(MAKERS)}, at most 64 characters"
+                )
         return names
 
     @property

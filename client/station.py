@@ -138,8 +138,8 @@ class Station:
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
             C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
-            begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and none
-            are declared.
+            begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and
+            none are declared.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
@@ -435,7 +435,7 @@ def _undeclared_scanners(plan: Plan) -> FederadError:
         happened=f"The plan {plan.name} tells scanners apart, and site.toml declares none.",
         because="Whether this site has several is found in patients' images otherwise, and nothing of those may show.",
         remedies=(
-            'type them into site.toml, such as scanners = ["SIEMENS Aurora 1.5 T", "GE 3 T"]: they are told to the operator',
+            'type them into site.toml, such as scanners = ["SIEMENS Aurora 1.5 T"]: they are told to the operator',
             "or refuse this plan",
         ),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,9 @@ class PatientSource(Protocol):
     def is_unlabelled(self, study: str) -> bool:
         """Whether a study has no reference."""
 
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole; None where it has none."""
+
     @property
     def declared_scanners(self) -> Sequence[str] | None:
         """The scanners that the hospital has declared, which are public; None where it declared none."""
@@ -118,6 +122,7 @@ class Trainer:
         self.network = self.task.build_network().to(self.device)
         self.clock = Clock()
         self._adversary: Adversary | None = None
+        self._balance: Mapping[int, float] | None = None
         self._is_checked = False
 
     def train(
@@ -135,8 +140,8 @@ class Trainer:
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
         ``proximal_mu`` every step also pulls back towards ``weights`` (FedProx, Li et al. 2020, arXiv:1812.06127, eq. 2).
-        ``adversary`` is what the run's automatic stop has left of the reversed gradient (``adaptation``). ``on_progress`` is
-        told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
+        ``adversary`` is what the run's automatic stop has left of the reversed gradient (``adaptation``). ``on_progress``
+        is told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
         """
         if self.plan.privacy is not None:
             raise ValueError("a plan with [privacy] trains through train_private, or not at all")
@@ -148,6 +153,7 @@ class Trainer:
         optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
         self._adversary = Adversary.of(self.plan, cohort, round_, adversary)
+        self._balance = balance_of(cohort, patients) if self.plan.training.balanced else None
         n_steps = self._n_steps(len(patients))
         losses: list[float] = []
         for epoch in range(self.plan.training.epochs):
@@ -249,7 +255,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             output = self.network(image)
-        loss = loss_of(self.task, output.float(), target, samples)
+        loss = loss_of(self.task, output.float(), target, samples, self._balance)
         if self._adversary is not None:
             self._adversary.oppose(self.network, samples, target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -356,9 +362,7 @@ class Adversary:
         """The sample with the place of its scanner."""
         return replace(sample, scanner=self.places[study])
 
-    def oppose(
-        self, network: torch.nn.Module, samples: Sequence[Sample], target: Tensor, share: float = 1.0
-    ) -> None:
+    def oppose(self, network: torch.nn.Module, samples: Sequence[Sample], target: Tensor, share: float = 1.0) -> None:
         """Let the next backward pass also move features against the discriminator."""
         if isinstance(network, Adapted):
             network.oppose(
@@ -377,14 +381,35 @@ class Adversary:
         return {name: array * np.float32(self.ratio) for name, array in update.items()}
 
 
-def loss_of(task: Task, output: Tensor, target: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """The task's loss of a batch; samples without a reference add nothing to it and count in its mean."""
-    if all(sample.has_reference for sample in samples):
+def loss_of(
+    task: Task,
+    output: Tensor,
+    target: Tensor,
+    samples: Sequence[Sample],
+    balance: Mapping[int, float] | None = None,
+) -> Tensor:
+    """The task's loss of a batch; samples without a reference add nothing to it and count in its mean.
+
+    ``balance`` says how much a sample of each label counts, for tasks whose target is one label.
+    """
+    if balance is None and all(sample.has_reference for sample in samples):
         return task.loss(output, target)
-    known = [i for i, sample in enumerate(samples) if sample.has_reference]
-    if not known:
-        return 0.0 * output.sum()
-    return task.loss(output[known], target[known]) * (len(known) / len(samples))
+    groups: dict[float, list[int]] = {}
+    for i, sample in enumerate(samples):
+        if sample.has_reference:
+            groups.setdefault(1.0 if balance is None else balance.get(int(target[i]), 1.0), []).append(i)
+    total = 0.0 * output.sum()
+    for weight, group in groups.items():
+        total = total + task.loss(output[group], target[group]) * (weight * len(group) / len(samples))
+    return total
+
+
+def balance_of(cohort: PatientSource, patients: Sequence[Patient]) -> dict[int, float]:
+    """The weight of each label with which all that occur among these patients' studies count alike; their mean is 1."""
+    counts = Counter(cohort.category(study) for patient in patients for study in patient.studies)
+    n = sum(count for label, count in counts.items() if label is not None)
+    occurring = [label for label in counts if label is not None]
+    return {label: n / (len(occurring) * counts[label]) for label in occurring}
 
 
 class PatientGradients:

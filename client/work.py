@@ -137,6 +137,9 @@ class _Only:
     def is_unlabelled(self, study: str) -> bool:
         return self.cohort.is_unlabelled(study)
 
+    def category(self, study: str) -> int | None:
+        return self.cohort.category(study)
+
     @property
     def declared_scanners(self) -> Sequence[str] | None:
         return self.cohort.declared_scanners

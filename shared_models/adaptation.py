@@ -5,10 +5,10 @@ shading, blur, resolution, Rician noise (Billot et al. 2023, arXiv:2107.09559; Z
 sample becomes depends on its own random numbers alone.
 
 **Gradient reversal** (Ganin et al. 2016, arXiv:1505.07818): a discriminator reads the scanner off pooled features of
-several depths (Kamnitsas et al. 2017, arXiv:1612.08894), and the features learn to mislead it. Its parameters travel and are
-averaged like all others, so under ``[privacy]`` they lie in the same clipped and noised vector. The reversed gradient joins
-the task's where features arise, sample by sample, and measures at most ``gradient_ratio`` of it there: an adversary without
-a bound destroys what it should protect. No term depends on other samples.
+several depths (Kamnitsas et al. 2017, arXiv:1612.08894), and the features learn to mislead it. Its parameters travel and
+are averaged like all others, so under ``[privacy]`` they lie in the same clipped and noised vector. The reversed gradient
+joins the task's where features arise, sample by sample, and measures at most ``gradient_ratio`` of it there: an adversary
+without a bound destroys what it should protect. No term depends on other samples.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ class Adapted(nn.Module):
                 )
 
     def bound_discriminator(self) -> None:
-        """Shorten the discriminator's gradient to ``gradient_ratio`` of the network's, so that a clip leaves room for it."""
+        """Shorten the discriminator's gradient to ``gradient_ratio`` of the network's, to which a clip leaves the room."""
         own = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
         rest = [p.grad for p in self.network.parameters() if p.grad is not None]
         if own and rest:
@@ -312,8 +312,8 @@ def left_of_adversary(plan: Plan, validations: Sequence[float | None]) -> float:
     """What the automatic stop leaves of the reversed gradient: all, half of it, or nothing.
 
     Where held-out quality lies more than :data:`TOLERANCE` below its best since the warm-up, the gradient is halved and
-    the comparison begins anew; the second time it ends for the rest of the run. It follows from what the journal holds, so a
-    resumed run goes on alike. Under ``[privacy]`` nothing exact is known of held-out patients, and nothing stops.
+    the comparison begins anew; the second time it ends for the rest of the run. It follows from what the journal holds, so
+    a resumed run goes on alike. Under ``[privacy]`` nothing exact is known of held-out patients, and nothing stops.
 
     Parameters
     ----------
@@ -323,16 +323,18 @@ def left_of_adversary(plan: Plan, validations: Sequence[float | None]) -> float:
     if not plan.is_adversarial or plan.privacy is not None:
         return 1.0
     n_falls, best = 0, -math.inf
-    for end in range(1, len(validations) + 1):
-        if strength_at(plan.adaptation, end, plan.rounds) == 0:
+    window: list[float] = []
+    for number, value in enumerate(validations, start=1):
+        if value is None or strength_at(plan.adaptation, number, plan.rounds) == 0:
             continue
-        window = [value for value in validations[max(0, end - WINDOW) : end] if value is not None]
+        window.append(value)
         if len(window) < WINDOW:
             continue
-        now = math.fsum(window) / WINDOW
+        now = math.fsum(window[-WINDOW:]) / WINDOW
         if now < best - TOLERANCE:
-            n_falls, best = n_falls + 1, now
-        best = max(best, now)
+            n_falls, best, window = n_falls + 1, -math.inf, []
+        else:
+            best = max(best, now)
     return (1.0, 0.5, 0.0)[min(n_falls, 2)]
 
 

@@ -67,7 +67,7 @@ class Ask:
 
     weights: Weights
     adversary: float = 1.0
-    """What the run's automatic stop has left of the plan's reversed gradient, 0 to 1; only plans with an adversary read it."""
+    """What the run's automatic stop has left of the plan's reversed gradient, 0 to 1; read where there is an adversary."""
 
 
 COST = frozenset({"epsilon", "delta", "declared_size"})

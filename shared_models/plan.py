@@ -38,6 +38,7 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "sharpness"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "class_weights"): ("classification",),
+    ("training", "balanced"): ("classification",),
 }
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
 
@@ -152,6 +153,11 @@ class TrainingTable(_Table):
     class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
         default=None,
         description="weight of each label in the loss, in the order of task.labels; leave it out for 1 each",
+    )
+    balanced: bool | None = Field(
+        default=None,
+        description="true: at each site all labels count alike in the loss, however common they are there; leave it out "
+        "otherwise",
     )
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
@@ -367,7 +373,7 @@ class AdaptationTable(_Table):
         default=0.2,
         gt=0,
         le=1,
-        description="most that the reversed gradient of a sample may measure beside the task's, at each depth: above 0, to 1",
+        description="most that a sample's reversed gradient may measure beside the task's, at each depth: above 0, to 1",
     )
     warm_up: float = Field(
         default=0.2, ge=0, lt=1, description="share of the rounds before the reversed gradient begins, 0 to below 1"
@@ -448,7 +454,7 @@ class SimulationTable(_Table):
         default=None,
         gt=0,
         le=1000,
-        description="how alike emulated hospitals are in size: 0.5 for hardly, 100 for nearly; leave it out for equal sizes",
+        description="how alike hospitals are in size: 0.5 for hardly, 100 for nearly; leave it out for equal sizes",
     )
     unlabelled: tuple[str, ...] | None = Field(
         default=None, min_length=1, description="emulated scanners whose studies have no reference at the sites"
@@ -485,9 +491,7 @@ class Plan(_Table):
     strategy: StrategyTable = Field(default_factory=StrategyTable, description="a table [strategy]")
     simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
     privacy: PrivacyTable | None = Field(default=None, description="a table [privacy]; leave it out for none")
-    adaptation: AdaptationTable | None = Field(
-        default=None, description="a table [adaptation]; leave it out for none"
-    )
+    adaptation: AdaptationTable | None = Field(default=None, description="a table [adaptation]; leave it out for none")
 
     @model_validator(mode="after")
     def _private_release(self) -> Self:
@@ -497,6 +501,24 @@ class Plan(_Table):
                 'release = "best" with [privacy]',
                 "The best model is chosen by exact measurements of patients, which no noise hides.",
                 'set release = "last" under [strategy], or "averaged" with average_decay',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balance_is_counted(self) -> Self:
+        if self.training.balanced is not None and self.privacy is not None:
+            raise _ContradictionError(
+                "training.balanced",
+                "balanced with [privacy]",
+                "How common a label is at a site is found by counting its patients, and each of them would show.",
+                "remove balanced from [training]; class_weights says public weights",
+            )
+        if self.training.balanced is not None and self.training.class_weights is not None:
+            raise _ContradictionError(
+                "training.balanced",
+                "balanced with class_weights",
+                "Both say how much a label counts.",
+                "remove one of them from [training]",
             )
         return self
 

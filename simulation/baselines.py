@@ -57,6 +57,10 @@ class PooledCohort:
         """Whether a study has no reference."""
         return self._home[study].is_unlabelled(study)
 
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole."""
+        return self._home[study].category(study)
+
     @property
     def declared_scanners(self) -> tuple[str, ...] | None:
         """All that the sites declared."""

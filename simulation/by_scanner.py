@@ -49,9 +49,7 @@ def measure_scanners(
         measured = trainer.measure(weights, cohort, "test")
         for patient in cohort.patients("test"):
             of_scanner[cohort.scanner(patient.studies[0]) or "unknown"].append(measured[patient.key])
-    elsewhere = {
-        site.name: list(trainer.measure(weights, cohort_of(site, plan), "test").values()) for site in unseen
-    }
+    elsewhere = {site.name: list(trainer.measure(weights, cohort_of(site, plan), "test").values()) for site in unseen}
     summary = trainer.task.summary
     return {
         "seen": {name: summary(rows) for name, rows in sorted(of_scanner.items())},

@@ -1,7 +1,7 @@
 """Emulated hospitals: folders of real DICOM files, as a hospital would export them.
 
-Every hospital has its own patients and one scanner, or several among which patients are dealt. A study is one series of classic MR images, one file per slice, with
-the outline of the lesions as a DICOM Segmentation that refers to them::
+Every hospital has its own patients and one scanner, or several among which patients are dealt. A study is one series of
+classic MR images, one file per slice, with the outline of the lesions as a DICOM Segmentation that refers to them::
 
     site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
     site-1/labels.csv                       who has a lesion, where the plan names a prevalence

@@ -273,7 +273,11 @@ def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> 
     for site in unseen:
         forget_history(site.station)
     prepare_stations(
-        plan, unseen, seed=request.seed, workers=request.execution.workers, on_site=lambda name: watcher.step(detail=name)
+        plan,
+        unseen,
+        seed=request.seed,
+        workers=request.execution.workers,
+        on_site=lambda name: watcher.step(detail=name),
     )
     return unseen
 

@@ -196,7 +196,6 @@ class Cohort:
             category=one.category,
         )
 
-
     def scanner(self, study: str) -> str | None:
         """What a study was made with, as its header says: "SIEMENS Aurora 1.5 T"; None where it says nothing."""
         return self._prepared[study].scanner
@@ -204,6 +203,10 @@ class Cohort:
     def is_unlabelled(self, study: str) -> bool:
         """Whether a study has no reference."""
         return self._prepared[study].is_unlabelled
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole; None where it has none."""
+        return self._prepared[study].category
 
 
 class _Builder:
@@ -313,9 +316,7 @@ class _Builder:
         return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
 
 
-def chosen_series(
-    study: Study, plan: Plan, *, may_lack_label: bool = False
-) -> tuple[list[Series], Series | None]:
+def chosen_series(study: Study, plan: Plan, *, may_lack_label: bool = False) -> tuple[list[Series], Series | None]:
     """The image series for each channel of a plan, in its order, and the label series; None where it may be missing.
 
     Where a study has one label as a whole, nothing need be drawn on it; what is shows where heatmaps should point.

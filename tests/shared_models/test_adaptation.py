@@ -33,7 +33,12 @@ def plan_with(case: tuple[str, str, int] = ("segmentation", "unet", 2), **adapta
 
 
 def gradients(
-    network: nn.Module, task: Task, batch: contracts.Batch, scanner: list[int], strength: float = 1.0, of: int | None = None
+    network: nn.Module,
+    task: Task,
+    batch: contracts.Batch,
+    scanner: list[int],
+    strength: float = 1.0,
+    of: int | None = None,
 ) -> dict[str, Tensor]:
     """Of every parameter, after one backward pass with the adversary; of the loss of one sample alone."""
     assert isinstance(network, Adapted)
@@ -81,7 +86,9 @@ class TestAppearance:
         image = np.random.default_rng(0).normal(size=(2, 16, 16)).astype(np.float32)
 
         assert np.array_equal(randomised(image, np.random.default_rng(3)), randomised(image, np.random.default_rng(3)))
-        assert not np.array_equal(randomised(image, np.random.default_rng(3)), randomised(image, np.random.default_rng(4)))
+        assert not np.array_equal(
+            randomised(image, np.random.default_rng(3)), randomised(image, np.random.default_rng(4))
+        )
 
     @pytest.mark.parametrize("case", contracts.every_case(), ids=str)
     def test_every_task_draws_such_samples(self, case):
@@ -103,7 +110,9 @@ class TestAppearance:
         It says so, and has a target of the usual shape in its place; elsewhere it is an error as ever.
         """
         plan = contracts.example_plan(kind, adaptation=ADVERSARY)
-        volume = replace(contracts.example_volume(plan), label=None, category=None, foreground=np.empty((0, 3), np.int32))
+        volume = replace(
+            contracts.example_volume(plan), label=None, category=None, foreground=np.empty((0, 3), np.int32)
+        )
         sample = sample_of(task_for(plan), volume, np.random.default_rng(0))
 
         assert not sample.has_reference
@@ -240,7 +249,9 @@ class TestSchedule:
         """
         The task comes first; in the last round the plan's strength is reached.
         """
-        table = contracts.example_plan(adaptation={"adversarial": "scanner", "strength": 0.5, "warm_up": 0.25}).adaptation
+        table = contracts.example_plan(
+            adaptation={"adversarial": "scanner", "strength": 0.5, "warm_up": 0.25}
+        ).adaptation
         course = [strength_at(table, round_, 21) for round_ in range(1, 22)]
 
         assert course[:6] == [0.0] * 6

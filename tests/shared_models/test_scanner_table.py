@@ -38,7 +38,15 @@ class TestTable:
         assert table.names[-1] == OTHER
         assert [
             table.place(name)
-            for name in ("GE HEALTHCARE SIGNA Vesper 1.5 T", "GE 3 T", "SIEMENS Prisma 3 T", "SIEMENS 1.5 T", "Acme", None, "")
+            for name in (
+                "GE HEALTHCARE SIGNA Vesper 1.5 T",
+                "GE 3 T",
+                "SIEMENS Prisma 3 T",
+                "SIEMENS 1.5 T",
+                "Acme",
+                None,
+                "",
+            )
         ] == [0, 1, 2, 3, 3, -1, -1]
 
     def test_default_table_needs_no_list(self):
