@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from client.policy import Policy
 from shared_models.errors import FederadError
 from shared_models.messages import SITE_NAME
-from shared_models.scanners import MAKERS, OTHER, SCANNER, parse_scanner
+from shared_models.scanners import MAKERS, is_scanner
 
 FILE = "site.toml"
 
@@ -54,7 +53,7 @@ class SiteConfig(BaseModel):
     @classmethod
     def _from_the_vocabulary(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
-            if parse_scanner(name).maker == OTHER or not re.fullmatch(SCANNER, name):
+            if not is_scanner(name):
                 raise ValueError(
                     f"{name!r} is no scanner: begin with one of {', '.join(MAKERS)}, at most 64 characters"
                 )

@@ -197,10 +197,15 @@ class Station:
         return Outbox(self.folder).waiting(told) if self._plans.pinned else (told, [])
 
     def started(self) -> None:
-        """Tell the operator that this site is here; C162 if the audit lacks lines of which the ledger knows."""
+        """Tell the operator that this site is here, and which scanners it declares.
+
+        C162 if the audit lacks lines of which the ledger knows.
+        """
         if (head := self.ledger().audit_head) is not None:
             self.audit.require(head)
         self._put(Release("status", {"word": "started"}), topic="started")
+        if self.config.scanners is not None:
+            self._put(Release("scanners", {"names": self.config.scanners}), topic="scanners")
 
     def ledger(self) -> Ledger:
         """What was spent here. All of it is checked now, and again whenever something is asked of it.

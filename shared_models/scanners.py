@@ -72,6 +72,11 @@ def parse_scanner(name: str) -> ScannerName:
     return ScannerName(OTHER, text or None, field)
 
 
+def is_scanner(name: str) -> bool:
+    """Whether a name is of the public vocabulary: it begins with a known maker and has plain characters only."""
+    return re.fullmatch(SCANNER, name) is not None and parse_scanner(name).maker != OTHER
+
+
 DEFAULT_TABLE: tuple[str, ...] = tuple(
     f"{maker}{strength}"
     for maker in ("SIEMENS", "GE", "PHILIPS", "CANON")
