@@ -490,10 +490,9 @@ class PatientGradients:
             target = torch.from_numpy(np.stack([s.target for s in part])).to(like.device)
             with self._precision():
                 output = self._network(image)
-            share = len(part) / len(samples)
-            loss = self._task.loss(output.to(like), target) * share
+            loss = self._task.loss(output.to(like), target) * (len(part) / len(samples))
             if self._adversary is not None:
-                self._adversary.oppose(self._network, part, target, share)
+                self._adversary.oppose(self._network, part, target, len(part) / len(samples))
             loss.backward()  # type: ignore[no-untyped-call]
         if self._adversary is not None and isinstance(self._network, Adapted):
             self._network.bound_discriminator()

@@ -248,7 +248,7 @@ class Adapted(nn.Module):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         if strength > 0:
             for feature, gradient in zip(features, found[: len(leaves)], strict=True):
-                feature.register_hook(
+                feature.register_hook(  # type: ignore[no-untyped-call]  # torch has no types for it
                     partial(joined, against=-strength * gradient, has_reference=has_reference, ratio=self._ratio)
                 )
 
@@ -286,7 +286,8 @@ def joined(gradient: Tensor, against: Tensor, has_reference: Tensor, ratio: floa
         limit = norm[has_reference].mean() if bool(has_reference.any()) else torch.full((), torch.inf).to(norm)
         norm = torch.where(has_reference, norm, limit)
     scale = (ratio * norm / against.flatten(1).norm(dim=1).clamp(min=1e-30)).clamp(max=1)
-    return gradient + (against * scale.view(-1, *[1] * (against.ndim - 1))).to(gradient)
+    moved: Tensor = gradient + (against * scale.view(-1, *[1] * (against.ndim - 1))).to(gradient)
+    return moved
 
 
 def strength_at(table: AdaptationTable | None, round_: int, rounds: int) -> float:

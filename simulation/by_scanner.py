@@ -70,10 +70,10 @@ def leakage(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> 
     scanners and ``chance`` what guessing gives. The accuracy of the discriminator that a network was trained against is
     no evidence: features can hide from one reader alone.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import balanced_accuracy_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.metrics import balanced_accuracy_score  # type: ignore[import-untyped]
+    from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
 
     table = ScannerTable(trainer.plan.adaptation.scanners if trainer.plan.adaptation else None)
     load_weights(trainer.network, weights)
