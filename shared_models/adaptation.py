@@ -262,6 +262,11 @@ class Adapted(nn.Module):
                 gradient.mul_(min(1.0, self._ratio * limit / max(norm, 1e-30)))
 
 
+def without_discriminator(network: nn.Module) -> nn.Module:
+    """What predicts."""
+    return network.network if isinstance(network, Adapted) else network
+
+
 def pooled(features: Sequence[Tensor]) -> Tensor:
     """Mean and standard deviation of each feature over space, all depths one after the other: ``(batch, d)``."""
     parts = []

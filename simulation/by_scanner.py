@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.training import Trainer, resident_trainer
-from shared_models.adaptation import Adapted, describe
+from shared_models.adaptation import describe, without_discriminator
 from shared_models.plan import Plan
 from shared_models.scanners import ScannerTable
 from shared_models.seeds import generator
@@ -98,6 +98,5 @@ def leakage(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> 
 
 def descriptor_of(network: nn.Module, image: torch.Tensor) -> NDArray[np.float32]:
     """What a discriminator would see of each image, ``(batch, d)``, whether the network has one or not."""
-    plain = network.network if isinstance(network, Adapted) else network
     with torch.no_grad():
-        return np.asarray(describe(plain.eval(), image).float().cpu().numpy(), np.float32)
+        return np.asarray(describe(without_discriminator(network).eval(), image).float().cpu().numpy(), np.float32)
