@@ -35,6 +35,9 @@ Image = NDArray[np.float32]
 
 # ------------------------------------------------------------------------------------------------------ appearance
 
+SHARE = 0.8
+"""Of samples that are changed; the others stay as they were, as most patients at home look."""
+
 KNOTS = 6
 """Points of a contrast curve, over the range of the sample."""
 
@@ -61,7 +64,7 @@ JITTER = 0.1
 
 
 def randomised(image: Image, rng: np.random.Generator) -> Image:
-    """The same sample as another scanner might have shown it.
+    """The same sample as another scanner might have shown it; :data:`SHARE` of all are changed.
 
     Mean and spread stay about what they were, since every image is normalised; what is exactly 0 (outside of the body where
     it was cut out) stays 0.
@@ -73,6 +76,8 @@ def randomised(image: Image, rng: np.random.Generator) -> Image:
     rng
         All randomness.
     """
+    if rng.random() >= SHARE:
+        return image
     return np.stack([_one_channel(channel, rng) for channel in image])
 
 

@@ -54,7 +54,7 @@ def gradients(
 class TestAppearance:
     def test_sample_looks_otherwise_and_shows_the_same(self):
         """
-        Intensities change, the anatomy does not: edges stay where they were, mean and spread about what they were.
+        Most intensities change, the anatomy does not: edges stay where they were, mean and spread about what they were.
         """
         rng = np.random.default_rng(0)
         image = np.zeros((1, 48, 48), np.float32)
@@ -63,7 +63,7 @@ class TestAppearance:
         changed = [randomised(image, np.random.default_rng(i)) for i in range(20)]
 
         assert all(c.shape == image.shape and c.dtype == np.float32 and np.isfinite(c).all() for c in changed)
-        assert all(np.abs(c - image).mean() > 0.02 for c in changed)
+        assert 0.6 < np.mean([np.abs(c - image).mean() > 0.02 for c in changed]) < 1
         assert np.mean([abs(np.corrcoef(c.ravel(), image.ravel())[0, 1]) for c in changed]) > 0.8
         assert abs(np.mean([c.mean() for c in changed]) - image.mean()) < 0.2
 
