@@ -155,6 +155,9 @@ def _has_reference(volume: Volume, task: Task) -> bool:
 HIDDEN = 32
 """Units between the pooled features and the scanners."""
 
+ACTIVATIONS = ("torch.nn.modules.activation", "monai.networks.blocks.activation")
+"""Where the classes live whose outputs are features."""
+
 UNKNOWN = -1
 """Place of a scanner that is not told apart."""
 
@@ -410,8 +413,11 @@ def find_taps(network: nn.Module, example: Tensor) -> tuple[list[Tap], int]:
         if isinstance(output, Tensor) and output.ndim == example.ndim and len(output) == 1:
             calls.append((tap, tuple(output.shape[1:])))
 
-    is_activation = {name for name, m in network.named_modules() if type(m).__module__ == "torch.nn.modules.activation"}
-    handles = [network.get_submodule(name).register_forward_hook(partial(note, name=name)) for name in is_activation]
+    handles = [
+        module.register_forward_hook(partial(note, name=name))
+        for name, module in network.named_modules()
+        if type(module).__module__ in ACTIVATIONS
+    ]
     was_training = network.training
     try:
         with torch.no_grad():

@@ -21,6 +21,7 @@ TITLES: dict[str, str] = {
     "P110": "the network has no features that a discriminator could read",
     "C111": "this site's scanners are not declared",
     "R112": "no site can tell scanners apart",
+    "C134": "what a site keeps for itself of a run is damaged",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",
     "C142": "the cache could not be written",
