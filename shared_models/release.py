@@ -251,7 +251,8 @@ class Release:
 
         network = task_for(self.plan()).build_network()
         load_weights(network, self.weights())
-        return without_discriminator(network).eval()
+        predicting = without_discriminator(network)
+        return predicting.eval()
 
     def verify(self, key: Ed25519PublicKey, consortium: str) -> None:
         """Make sure that the operator released exactly this: signature, consortium, and every file.
