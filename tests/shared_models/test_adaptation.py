@@ -177,6 +177,17 @@ class TestAdversary:
 
         assert not [name for name in opposed if name.startswith("discriminator")]
 
+    def test_bound_of_a_sample_is_its_own(self):
+        """
+        Somebody with a long gradient in the batch lets nobody else's adversary grow.
+        """
+        against, has = torch.tensor([[1e6, 0.0], [0.0, 1e6]]), torch.tensor([True, True])
+        among_some = joined(torch.tensor([[3.0, 4.0], [0.1, 0.0]]), against, has, 0.1)
+        among_others = joined(torch.tensor([[3.0, 4.0], [900.0, 0.0]]), against, has, 0.1)
+
+        torch.testing.assert_close(among_some[0], torch.tensor([3.5, 4.0]))
+        torch.testing.assert_close(among_others[0], among_some[0])
+
     def test_sample_without_reference_is_bounded_by_the_others(self):
         """
         Where the task says nothing, the mean of what it says of the others bounds the adversary; alone, nothing does.

@@ -866,6 +866,14 @@ class TestClassification:
         assert error.code == "P103"
         assert named in error.remedies[0]
 
+    def test_balance_that_is_counted_is_refused_under_privacy(self):
+        """
+        How common a label is at a site is private; public weights are the way out.
+        """
+        tables = {**CLASSIFYING, "training": {"balanced": True}, "privacy": DESIGN_PRIVACY}
+
+        assert "class_weights" in refused(tables).remedies[0]
+
     @pytest.mark.parametrize("wrong", [["a"], [0.0, 1.0], ["1", "2"], 1.0])
     def test_weights_are_numbers_above_zero(self, wrong):
         """
