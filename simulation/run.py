@@ -280,6 +280,7 @@ def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> 
         progress=watcher.step,
     )
     unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in hospitals]
+    watcher.stage("reading unseen images", len(unseen))
     for site in unseen:
         forget_history(site.station)
     prepare_stations(
