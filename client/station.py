@@ -247,7 +247,7 @@ class Station:
 
     def cohort(self, plan: Plan) -> Cohort:
         """The cohort prepared for ``plan``; C143 if it was never approved here."""
-        cohort = Cohort.open(self._cohort_folder(plan))
+        cohort = Cohort.open(self._cohort_folder(plan), self.name)
         cohort.declared_scanners = self._declared_scanners(cohort)
         return cohort
 

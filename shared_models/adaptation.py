@@ -135,8 +135,8 @@ def sample_of(task: Task, volume: Volume, rng: np.random.Generator) -> Sample:
     One without a reference has a placeholder as target where the plan takes such volumes.
     """
     plan = task.plan
-    has_reference = _has_reference(volume, task)
-    if not has_reference and plan.takes_unlabelled:
+    has_reference = not plan.takes_unlabelled or _has_reference(volume, task)
+    if not has_reference:
         volume = replace(volume, label=np.zeros(volume.image.shape[1:], np.uint8), category=0)
     sample = task.draw(volume, rng)
     if plan.adaptation is not None and plan.adaptation.appearance:

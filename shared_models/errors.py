@@ -18,6 +18,7 @@ TITLES: dict[str, str] = {
     "P102": "a key of the plan is unknown, missing or has an impossible value",
     "P103": "two keys of the plan contradict each other",
     "P104": "the plan asks for something that this version does not implement",
+    "P105": "the acceleration leaves no centre of k-space",
     "P110": "the network has no features that a discriminator could read",
     "C111": "this site's scanners are not declared",
     "R112": "no site can tell scanners apart",
