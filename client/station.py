@@ -140,11 +140,14 @@ class Station:
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
             C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
-            begins at a model of which the ledger knows nothing.
+            begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and
+            none are declared.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
         cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
         n_patients = len(cohort.patients("train"))
+        if plan.is_adversarial and plan.privacy is not None and not self._declared_scanners(cohort):
+            raise _undeclared_scanners(plan)
         if declared_size is None:
             declared_size = self._undeclared(plan, cohort)
         ledger, policy = self.ledger(), self.config.permits
@@ -196,10 +199,15 @@ class Station:
         return Outbox(self.folder).waiting(told) if self._plans.pinned else (told, [])
 
     def started(self) -> None:
-        """Tell the operator that this site is here; C162 if the audit lacks lines of which the ledger knows."""
+        """Tell the operator that this site is here, and which scanners it declares.
+
+        C162 if the audit lacks lines of which the ledger knows.
+        """
         if (head := self.ledger().audit_head) is not None:
             self.audit.require(head)
         self._put(Release("status", {"word": "started"}), topic="started")
+        if self.config.scanners is not None:
+            self._put(Release("scanners", {"names": self.config.scanners}), topic="scanners")
 
     def ledger(self) -> Ledger:
         """What was spent here. All of it is checked now, and again whenever something is asked of it.
@@ -239,7 +247,13 @@ class Station:
 
     def cohort(self, plan: Plan) -> Cohort:
         """The cohort prepared for ``plan``; C143 if it was never approved here."""
-        return Cohort.open(self._cohort_folder(plan), self.name)
+        cohort = Cohort.open(self._cohort_folder(plan), self.name)
+        cohort.declared_scanners = self._declared_scanners(cohort)
+        return cohort
+
+    def _declared_scanners(self, cohort: Cohort) -> tuple[str, ...] | None:
+        """The scanners that ``site.toml`` names; only at an emulated hospital what its images say instead."""
+        return self.config.scanners or (cohort.scanners if self.config.emulated else None)
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""
@@ -423,6 +437,18 @@ class Station:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _undeclared_scanners(plan: Plan) -> FederadError:
+    return FederadError(
+        "C111",
+        happened=f"The plan {plan.name} tells scanners apart, and site.toml declares none.",
+        because="Whether this site has several is found in patients' images otherwise, and nothing of those may show.",
+        remedies=(
+            'type them into site.toml, such as scanners = ["SIEMENS Aurora 1.5 T"]: they are told to the operator',
+            "or refuse this plan",
+        ),
+    )
 
 
 @contextmanager

@@ -67,6 +67,23 @@ class PooledCohort:
         """A volume from the site that has it."""
         return self._home[study].volume(study)
 
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with."""
+        return self._home[study].scanner(study)
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+        return self._home[study].is_unlabelled(study)
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole."""
+        return self._home[study].category(study)
+
+    @property
+    def declared_scanners(self) -> tuple[str, ...] | None:
+        """All that the sites declared."""
+        return tuple(name for cohort in self._cohorts for name in cohort.declared_scanners or ()) or None
+
 
 class NoNoise(SystemRandomness):
     """The operating system's coins, and zero for noise: what is trained with it has no privacy at all."""
