@@ -410,6 +410,34 @@ def fetch(
 
 
 @app.command()
+def predict(
+    release: Annotated[str, typer.Argument(metavar="RELEASE", help="The first digits of its SHA-256, or its run.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A folder with one DICOM study or series, or an image.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The folder to be made for what was found.")],
+    deidentified: Annotated[
+        bool,
+        typer.Option("--deidentified", help="Write mapped identifiers and dates in place of the hospital's own."),
+    ] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a fetched model look at a study; writes DICOM that refers to it, maps, measures and a page. For research."""
+    from client.inference import predict as predict_study
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.station)
+    with _bar("predicting", as_json) as told:
+        made = predict_study(
+            folder, release, study.absolute(), to.absolute(), deidentified=deidentified, on_progress=told
+        )
+    result = {**made.summary, "folder": str(made.folder), "page": str(made.page)}
+    _show(folder, result, f"{escape(str(made.page))} shows what was found. Not for clinical use.", "releases", as_json)
+
+
+@app.command()
 def backup(
     to: Annotated[
         Path, typer.Argument(metavar="FILE", help="A new file outside the site's folder, or a folder for it.")

@@ -18,7 +18,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -238,11 +238,11 @@ class _Builder:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
         if label is not None:
             try:
-                return prepare(self._read(channels, label), self._plan.data)
+                return prepare(read_scan(channels, label, self._path, self._plan), self._plan.data)
             except UnusableError:
                 if self._labels is None:
                     raise
-        return prepare(self._read(channels, None), self._plan.data)
+        return prepare(read_scan(channels, None, self._path, self._plan), self._plan.data)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -260,27 +260,46 @@ class _Builder:
             raise UnusableError(Reason.FILE_GONE)
         return self._paths[file.key]
 
-    def _read(self, channels: list[Series], label: Series | None) -> Scan:
-        paths = [[self._path(file) for file in one.files] for one in channels]
-        mask = [self._path(file) for file in label.files] if label is not None else []
-        names = self._plan.task.labels
-        if channels[0].kind is Kind.PICTURE:
-            scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
-            if label is None:
-                return scan
-            return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
-        if channels[0].kind is Kind.NIFTI:
-            scan = stacked([images.read_nifti(files[0]) for files in paths])
-            if label is None:
-                return scan
-            return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
-        is_3d = self._plan.data.dimensions == 3
-        series = [dicom.read_series(files, even=is_3d) for files in paths]
-        scan = stacked([one.scan for one in series])
+
+def read_scan(channels: Sequence[Series], label: Series | None, path_of: Callable[[File], Path], plan: Plan) -> Scan:
+    """The series of a study as one scan, with what was drawn on it where a label series is given.
+
+    Parameters
+    ----------
+    channels
+        One image series for each channel of the plan, all of one kind.
+    label
+        The label series of the study, or None.
+    path_of
+        Where a file lies.
+    plan
+        Read for ``data.dimensions`` and ``task.labels``.
+
+    Raises
+    ------
+    UnusableError
+        If a file cannot be decoded, or if series or label do not fit together.
+    """
+    paths = [[path_of(file) for file in one.files] for one in channels]
+    mask = [path_of(file) for file in label.files] if label is not None else []
+    names = plan.task.labels
+    if channels[0].kind is Kind.PICTURE:
+        scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
         if label is None:
             return scan
-        drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
-        return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
+        return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
+    if channels[0].kind is Kind.NIFTI:
+        scan = stacked([images.read_nifti(files[0]) for files in paths])
+        if label is None:
+            return scan
+        return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
+    is_3d = plan.data.dimensions == 3
+    series = [dicom.read_series(files, even=is_3d) for files in paths]
+    scan = stacked([one.scan for one in series])
+    if label is None:
+        return scan
+    drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
+    return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
 
 
 def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None]:
@@ -288,13 +307,33 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
 
     Where a study has one label as a whole, nothing need be drawn on it; what is shows where heatmaps should point.
 
+    Raises
+    ------
+    UnusableError
+        As :func:`image_series`, and if there is not exactly one label.
+    """
+    channels = image_series(study, plan)
+    label = study.label
+    if label is None and not _has_label_of_study(plan):
+        raise UnusableError(Reason.NO_LABEL)
+    if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
+        if not _has_label_of_study(plan):
+            raise UnusableError(Reason.SEVERAL_LABELS)
+        label = None
+    return channels, label
+
+
+def image_series(study: Study, plan: Plan) -> list[Series]:
+    """The image series for each channel of a plan, in its order.
+
     ``channels = ["image"]`` takes the only image series there is; of several, the one called "image", else the one that
     the segmentation was drawn on. Any other name must be found: exactly, or within one DICOM series description.
 
     Raises
     ------
     UnusableError
-        If a channel is missing or ambiguous, if there is not exactly one label, or if a 3D plan meets a single slice.
+        If a channel is missing or ambiguous, if the channels are stored in different ways, or if a 3D plan meets a single
+        slice.
     """
     if plan.data.dimensions == 3 and all(_is_flat(one) for one in study.images.values()):
         raise UnusableError(Reason.NEEDS_VOLUME)
@@ -303,18 +342,11 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
         channels = [_only_image(fitting, study.label)]
     else:
         channels = [_channel(name.lower(), fitting) for name in plan.data.channels]
-    if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
-        raise UnusableError(Reason.NEEDS_VOLUME)
-    label = study.label
-    if label is None and not _has_label_of_study(plan):
-        raise UnusableError(Reason.NO_LABEL)
-    if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
-        if not _has_label_of_study(plan):
-            raise UnusableError(Reason.SEVERAL_LABELS)
-        label = None
     if len({one.kind for one in channels}) > 1:
         raise UnusableError(Reason.CHANNELS_DIFFER)
-    return channels, label
+    if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
+        raise UnusableError(Reason.NEEDS_VOLUME)
+    return channels
 
 
 def _has_label_of_study(plan: Plan) -> bool:

@@ -7,6 +7,7 @@ of the volume.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -83,14 +84,33 @@ class Segmentation(Task):
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.uint8]:
         """Label indices ``(z, y, x)``, from overlapping windows of the training patch's size."""
+        return np.asarray(self._logits(network, volume, device).argmax(dim=0).to(torch.uint8).cpu().numpy(), np.uint8)
+
+    def probabilities(
+        self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device
+    ) -> NDArray[np.float32]:
+        """Of each label at each voxel, ``(label, z, y, x)``; the largest is the one that :meth:`predict` gives."""
+        logits = self._logits(network, volume, device)
+        return np.asarray(torch.softmax(logits.float(), dim=0).cpu().numpy(), np.float32)
+
+    def n_windows(self, volume: Volume) -> int:
+        """How many windows the network sees of a volume."""
+        n_slices, *sides = volume.image.shape[1:] if self.plan.data.dimensions == 2 else (1, *volume.image.shape[1:])
+        along = (
+            1 + math.ceil(max(side - n, 0) / int(n * (1 - OVERLAP)))
+            for side, n in zip(sides, self.plan.data.patch, strict=True)
+        )
+        return n_slices * math.prod(along)
+
+    def _logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
+        """``(label, z, y, x)``, from overlapping windows of the training patch's size."""
         image = torch.from_numpy(np.array(volume.image, np.float32)).to(device)
         slices_first = self.plan.data.dimensions == 2
         batch = image.movedim(1, 0) if slices_first else image[None]
         logits = sliding_window_inference(batch, self.plan.data.patch, WINDOWS_AT_ONCE, network, overlap=OVERLAP)
         if not isinstance(logits, Tensor):
             raise TypeError("the network returned something other than one tensor")
-        labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return np.asarray(labels if slices_first else labels[0], np.uint8)
+        return logits.movedim(1, 0) if slices_first else logits[0]
 
     def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
         """Means over the labels above background of Dice [0 to 1] and 95 % Hausdorff distance [mm].
