@@ -61,7 +61,7 @@ def wipe(station: Station, plan: Plan) -> list[Gone]:
         _remove("layouts of updates", _layouts_of(folder, plan, others)),
     ]
     if not others:
-        removed.append(_remove("catalogue of the data folder", [folder / "catalogue.sqlite"]))
+        removed.append(_remove("catalogue of the data folder", sorted(folder.glob("catalogue.sqlite*"))))
     return removed
 
 
