@@ -35,7 +35,7 @@ PROFILE = (
 )
 """What is claimed of the result, as codes (PS3.16, CID 7050)."""
 
-METHOD = "federad: PS3.15 E.1 Basic Profile, modified dates; pixels unchecked"
+METHOD = "PS3.15 E.1 Basic Profile, modified dates; pixels unchecked"
 
 MOST_DAYS = 3652
 """Dates are moved back by 1 to this many days, one number for each patient."""
