@@ -160,7 +160,7 @@ class TestWipe:
         """
         station = Station(site.station)
         station.answer(ask_of(smoke_plan))
-        spent = len(station.ledger().spent().runs())
+        spent = len(station.ledger().spent().runs)
         before = {path: path.stat().st_size for path in site.station.rglob("*") if path.is_file()}
         station.refuse(smoke_plan)
 
@@ -176,7 +176,7 @@ class TestWipe:
         ]
         reopened = Station(site.station)
         assert reopened.audit.verify().n > 0
-        assert len(reopened.ledger().spent().runs()) == spent
+        assert len(reopened.ledger().spent().runs) == spent
         assert events(reopened, "wiped")[0]["gone"] == [one.as_json() for one in gone]
 
         reopened.approve(smoke_plan)

@@ -28,7 +28,10 @@ VALUES = {
 def rows() -> list[tuple[int, str, str]]:
     """Tag, keyword and action of each line; of a repeating group its first."""
     lines = [line.split("\t") for line in TABLE.read_text().splitlines() if not line.startswith("#")][1:]
-    return [(int(tag.replace("50xxxxxx", "50000005").replace("x", "0"), 16), keyword, (dates or [basic])[0]) for tag, keyword, basic, *dates in lines]
+    return [
+        (int(tag.replace("50xxxxxx", "50000005").replace("x", "0"), 16), keyword, (dates or [basic])[0])
+        for tag, keyword, basic, *dates in lines
+    ]
 
 
 def element(tag: int) -> DataElement:

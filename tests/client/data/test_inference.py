@@ -380,8 +380,11 @@ class TestClassification:
         stated = {one.name.meaning: one.value for one in group.get_measurements()}
         for row in rows:
             assert stated[f"Probability of {row['label']}"] == pytest.approx(row["probability"], abs=1e-6)
-        (finding,) = group.get_qualitative_evaluations()
-        assert labels[int(np.argmax([row["probability"] for row in rows]))].lower() in finding.value.meaning.lower()
+        said = {one.name.meaning: one.value for one in group.get_qualitative_evaluations()}
+        assert (
+            labels[int(np.argmax([row["probability"] for row in rows]))].lower()
+            in said["Most probable label"].meaning.lower()
+        )
         (evidence,) = report.CurrentRequestedProcedureEvidenceSequence
         uids = {one.ReferencedSOPInstanceUID for one in evidence.ReferencedSeriesSequence[0].ReferencedSOPSequence}
         assert uids == {one.SOPInstanceUID for one in series.datasets}
@@ -394,14 +397,21 @@ class TestDeidentified:
         """
         On demand: UIDs are mapped alike in all that is written, and the report says what was not looked at.
         """
-        planted = {"PatientID": "SECRET-4711", "PatientName": "Doe^Jane", "InstitutionName": "General Hospital"}
+        planted = {"PatientID": "SECRET-4711", "PatientName": "Quixote^Dulcinea", "InstitutionName": "General Hospital"}
         series = write_series(tmp_path / "study", values((3, 20, 24)), patient="SECRET-4711", **planted)
 
         made = predict(site, released(), series.folder, tmp_path / "out", deidentified=True)
 
         written = b"".join(path.read_bytes() for path in made.folder.iterdir())
         source = series.datasets[0]
-        for text in (*planted.values(), "Doe", source.StudyInstanceUID, source.SOPInstanceUID, source.StudyDate):
+        for text in (
+            *planted.values(),
+            "Quixote",
+            "Dulcinea",
+            source.StudyInstanceUID,
+            source.SOPInstanceUID,
+            source.StudyDate,
+        ):
             assert text.encode() not in written, text
         seg = pydicom.dcmread(made.folder / "segmentation.dcm")
         assert seg.PatientID == key_of((site.station / "secret").read_bytes(), "SECRET-4711")
