@@ -181,7 +181,7 @@ def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Data
         referenced_images=sources,
     )
     equipment = _equipment(case)
-    written = sr.ComprehensiveSR(
+    written: Dataset = sr.ComprehensiveSR(
         evidence=sources,
         content=report[0],
         series_number=9002,

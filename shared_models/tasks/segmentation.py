@@ -100,7 +100,7 @@ class Segmentation(Task):
             1 + math.ceil(max(side - n, 0) / int(n * (1 - OVERLAP)))
             for side, n in zip(sides, self.plan.data.patch, strict=True)
         )
-        return n_slices * math.prod(along)
+        return int(n_slices * math.prod(along))
 
     def _logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
         """``(label, z, y, x)``, from overlapping windows of the training patch's size."""
