@@ -477,6 +477,9 @@ def predict(
         bool,
         typer.Option("--deidentified", help="Write mapped identifiers and dates in place of the hospital's own."),
     ] = False,
+    send: Annotated[
+        bool, typer.Option("--send", help="Also send the DICOM objects to the archive in site.toml.")
+    ] = False,
     site: Site = None,
     as_json: AsJson = False,
 ) -> None:
@@ -488,10 +491,13 @@ def predict(
     become_owner(folder.station)
     with _bar("predicting", as_json) as told:
         made = predict_study(
-            folder, release, study.absolute(), to.absolute(), deidentified=deidentified, on_progress=told
+            folder, release, study.absolute(), to.absolute(), deidentified=deidentified, send=send, on_progress=told
         )
+    text = f"{escape(str(made.page))} shows what was found. Not for clinical use."
+    if "sent" in made.summary:
+        text += f" {made.summary['sent']} objects are in the archive."
     result = {**made.summary, "folder": str(made.folder), "page": str(made.page)}
-    _show(folder, result, f"{escape(str(made.page))} shows what was found. Not for clinical use.", "releases", as_json)
+    _show(folder, result, text, "releases", as_json)
 
 
 @app.command()

@@ -133,14 +133,16 @@ def slices_to_show(weight: NDArray[np.float64]) -> list[int]:
 
 def outlined(scan: Scan, labels: NDArray[np.uint8], k: int) -> str:
     """Slice ``k`` with the borders of all labels as a data URI."""
+    from scipy.ndimage import binary_erosion
+
     image, stretch = _greys(scan, k)
     tall, wide = _size(image.shape[:2], stretch)
     shown = np.asarray(_image(image).resize((wide, tall), Image.Resampling.BICUBIC)).copy()
     label = np.asarray(Image.fromarray(labels[k]).resize((wide, tall), Image.Resampling.NEAREST))
     for value in np.unique(label[label > 0]):
-        inside = np.pad(label == value, 1)
-        core = inside[2:, 1:-1] & inside[:-2, 1:-1] & inside[1:-1, 2:] & inside[1:-1, :-2]
-        shown[(label == value) & ~core] = COLOURS[(int(value) - 1) % len(COLOURS)]
+        inside = label == value
+        core = binary_erosion(inside, iterations=max(1, wide // WIDTH + 1), border_value=0)
+        shown[inside & ~core] = COLOURS[(int(value) - 1) % len(COLOURS)]
     return _uri(Image.fromarray(shown))
 
 

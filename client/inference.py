@@ -32,7 +32,7 @@ from client.data.skips import UnusableError
 from client.findings import Findings
 from client.folder import SiteFolder, cannot
 from client.plans import PIN, Pin
-from client.site import SiteConfig
+from client.site import Pacs, SiteConfig
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.registry import look_up
@@ -110,6 +110,7 @@ def predict(
     to: Path,
     *,
     deidentified: bool = False,
+    send: bool = False,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Prediction:
     """Let a released model predict a study, and write what it found into a new folder.
@@ -126,15 +127,19 @@ def predict(
         The folder to be made. It holds all of it, or is not there.
     deidentified
         Whether what is written carries mapped identifiers and dates in place of the hospital's own.
+    send
+        Whether the DICOM objects go to the archive that ``site.toml`` names, once the folder is written.
     on_progress
         Told (windows done, in all).
 
     Raises
     ------
     FederadError
-        C123 if the study does not fit the model, C124 if the folder cannot be written, C163 if it is unclear which release
+        C123 if the study does not fit the model, C124 if the folder cannot be written, C126 if the archive does not take
+        what is sent, C163 if it is unclear which release
         is meant, M211 to M215 if it is not what the operator signed, M210 or P102 to P104 if this version cannot build it.
     """
+    archive = _archive(site) if send else None
     model = load(site, wanted)
     writer = _writer(model.plan)
     if not study.exists():
@@ -152,7 +157,22 @@ def predict(
         from client.prediction_page import page
 
         (part / PAGE).write_text(page(case, findings, summary), encoding="utf-8")
+    if archive is not None:
+        from client.delivery import deliver
+
+        summary["sent"] = deliver(sorted(to.glob("*.dcm")), archive)
     return Prediction(to, to / PAGE, summary)
+
+
+def _archive(site: SiteFolder) -> Pacs:
+    pacs = SiteConfig.load(site.station).pacs
+    if pacs is None:
+        raise cannot(
+            "site.toml names no archive.",
+            "Nothing is sent anywhere that this hospital has not named.",
+            'write [pacs] with host = "..." and port, or dicomweb = "https://...", into station/site.toml',
+        )
+    return pacs
 
 
 def load(site: SiteFolder, wanted: str) -> Model:

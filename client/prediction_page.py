@@ -51,7 +51,8 @@ def _grid(case: Case) -> str:
     n_slices, n_rows, n_columns = case.scan.shape
     if case.kind is Kind.PICTURE:
         return f"a picture of {n_columns} x {n_rows} pixels"
-    return f"{n_slices} slices of {n_columns} x {n_rows} pixels, {case.kind}"
+    kind = "DICOM" if case.kind is Kind.DICOM else "NIfTI"
+    return f"{n_slices} slice{'s' if n_slices > 1 else ''} of {n_columns} x {n_rows} pixels, {kind}"
 
 
 def _figure(value: Any) -> str:
