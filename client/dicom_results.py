@@ -118,9 +118,11 @@ def segmentation(case: Case, labels: NDArray[np.uint8]) -> tuple[Dataset, list[s
                 algorithm_identification=_algorithm(case),
             )
         )
+    in_frames = np.empty_like(labels)
+    in_frames[list(case.frames)] = labels
     written = highdicom.seg.Segmentation(
         source_images=_sources(case),
-        pixel_array=np.stack([labels == number for number in range(1, len(names))], axis=-1).astype(np.uint8),
+        pixel_array=np.stack([in_frames == number for number in range(1, len(names))], axis=-1).astype(np.uint8),
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=described,
         series_number=9001,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from client.data.preprocessing import on_scan_grid
-from client.data.records import Kind
 from client.findings import Findings, Shown, entropy, file_name, heated, save_nifti, slices_to_show
 from shared_models.tasks.classification import Classification
 
@@ -48,7 +47,7 @@ def write(case: Case, folder: Path, on_progress: OnProgress) -> Findings:
         Shown(heated(scan, relative, k), f"slice {k + 1} of {len(heat)}: what speaks for {names[shown]} (red)")
         for k in slices
     ]
-    if case.kind is Kind.DICOM:
+    if case.sources:
         from client.dicom_results import structured_report
 
         structured_report(case, found.measures).save_as(folder / "report.dcm")

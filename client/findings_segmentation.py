@@ -74,7 +74,7 @@ def _predicted(case: Case, on_progress: OnProgress) -> NDArray[np.float32]:
 
 
 def _write_labels(case: Case, labels: NDArray[np.uint8], folder: Path, found: Findings) -> None:
-    if case.kind is Kind.DICOM:
+    if case.sources:
         from client.dicom_results import segmentation
 
         written, uncoded = segmentation(case, labels)
@@ -84,12 +84,14 @@ def _write_labels(case: Case, labels: NDArray[np.uint8], folder: Path, found: Fi
             found.notes.append(
                 f"There is no standard code here for {', '.join(uncoded)}: the segmentation uses codes of federad's own."
             )
-    elif case.kind is Kind.NIFTI:
-        save_nifti(folder / "segmentation.nii.gz", labels, case.scan)
-        found.files["segmentation.nii.gz"] = "index of the label at each voxel"
-    else:
+    elif case.kind is Kind.PICTURE:
         save_picture(folder / "segmentation.png", labels)
         found.files["segmentation.png"] = "index of the label at each pixel"
+    else:
+        save_nifti(folder / "segmentation.nii.gz", labels, case.scan)
+        found.files["segmentation.nii.gz"] = "index of the label at each voxel"
+        if case.kind is Kind.DICOM:
+            found.notes.append("The slices of this series are no images of their own: no DICOM object refers to them.")
 
 
 def _show(case: Case, labels: NDArray[np.uint8], doubt: NDArray[np.float32], found: Findings) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data import images
 from client.data.catalogue import Catalogue
@@ -88,8 +89,11 @@ class Case:
     """As the network sees it."""
 
     sources: tuple[Dataset, ...]
-    """Headers of the images of the first channel, one for each slice of the scan in its order; none where it is no DICOM.
-    Identifiers are as the hospital has them, or mapped if that was asked for."""
+    """Headers of the images of the first channel; none where it is no DICOM, or of a kind whose slices cannot be referred
+    to. Identifiers are as the hospital has them, or mapped if that was asked for."""
+
+    frames: tuple[int, ...]
+    """For each slice of the scan its place among the frames of all sources, from 0."""
 
     kind: Kind
 
@@ -214,14 +218,15 @@ def read_case(model: Model, path: Path, secret: bytes, *, deidentified: bool = F
         except UnusableError as error:
             raise _unfit(_reason(study, plan, error)) from None
         sources: tuple[Dataset, ...] = ()
+        frames: tuple[int, ...] = ()
         if channels[0].kind is Kind.DICOM:
-            sources = _headers([paths[file.key] for file in channels[0].files], scan)
+            sources, frames = _sources([paths[file.key] for file in channels[0].files], scan)
     handled = None
     if deidentified:
         deidentifier = Deidentifier(secret)
         sources = tuple(deidentifier.apply(one) for one in sources)
         handled = deidentifier.handled
-    return Case(model, study.key, scan, volume, sources, channels[0].kind), handled
+    return Case(model, study.key, scan, volume, sources, frames, channels[0].kind), handled
 
 
 def _fetched(site: SiteFolder, wanted: str) -> Path:
@@ -280,16 +285,35 @@ def _only_study(source: Path, catalogue: Path, secret: bytes) -> tuple[Study, di
     return studies[0], found.locate(secret)
 
 
-def _headers(paths: Sequence[Path], scan: Scan) -> tuple[Dataset, ...]:
-    """The headers of a series in the order of the scan's slices."""
+def _sources(paths: Sequence[Path], scan: Scan) -> tuple[tuple[Dataset, ...], tuple[int, ...]]:
+    """The headers of a series, and for each slice of the scan its number among the frames of all files in that order.
+
+    None of either where they do not match, as for a mosaic, whose slices are no frames.
+    """
     import pydicom
 
-    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
     if scan.affine is None:
-        return ()
+        return (), ()
     along = scan.affine[:3, 2]
-    headers.sort(key=lambda one: float(along @ np.array([float(v) for v in one.ImagePositionPatient])))
-    return tuple(headers)
+    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    try:
+        headers.sort(key=lambda one: float(along @ _places(one)[0]))
+        places = np.array([place for one in headers for place in _places(one)])
+    except (AttributeError, IndexError, TypeError, ValueError):
+        return (), ()
+    if len(places) != scan.shape[0]:
+        return (), ()
+    return tuple(headers), tuple(int(k) for k in np.argsort(places @ along, kind="stable"))
+
+
+def _places(header: Dataset) -> list[NDArray[np.float64]]:
+    """Where the frames of a file lie [mm, LPS]; one for a classic image."""
+    if "PerFrameFunctionalGroupsSequence" not in header:
+        return [np.array([float(v) for v in header.ImagePositionPatient])]
+    return [
+        np.array([float(v) for v in frame.PlanePositionSequence[0].ImagePositionPatient])
+        for frame in header.PerFrameFunctionalGroupsSequence
+    ]
 
 
 def _reason(study: Study, plan: Plan, error: UnusableError) -> str:

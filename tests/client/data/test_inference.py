@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from releases import CONSORTIUM, plan_of, publish
 from typer.testing import CliRunner
 
+from client import inference
 from client.cli import app
 from client.data import dicom
 from client.data.keys import key_of
@@ -141,6 +142,31 @@ class TestSegmentation:
         ]
         assert "odd thing" in made.summary["notes"][0]
         assert "not for clinical use" in seg.SeriesDescription
+
+    def test_frames_of_one_file_are_referred_to_by_their_numbers(self, tmp_path):
+        """
+        Frames may lie in any order along the stack, and a file whose frames are not its slices is not referred to.
+        """
+        frames = []
+        for z in (8.0, 0.0, 4.0):
+            frame, place = pydicom.Dataset(), pydicom.Dataset()
+            place.ImagePositionPatient = [0.0, 0.0, z]
+            frame.PlanePositionSequence = [place]
+            frames.append(frame)
+        header = pydicom.Dataset()
+        header.PerFrameFunctionalGroupsSequence = frames
+        header.SOPClassUID, header.SOPInstanceUID = pydicom.uid.EnhancedMRImageStorage, "1.2.3"
+        header.file_meta = pydicom.dataset.FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        header.save_as(tmp_path / "one.dcm", enforce_file_format=True)
+        affine = np.diag([1.0, 1.0, 4.0, 1.0])
+
+        def order(n_slices: int):
+            scan = Scan(np.zeros((1, n_slices, 2, 2), np.float32), affine)
+            return inference._sources([tmp_path / "one.dcm"], scan)[1]
+
+        assert order(3) == (1, 2, 0)
+        assert order(9) == ()
 
     def test_study_in_which_nothing_is_found_gives_an_empty_segmentation(self, site, released, write_series, tmp_path):
         """
