@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.data.scan import Scan
+from shared_models import uncertainty
 from shared_models.volume import in_greys
 
 COLOURS = ((255, 196, 0), (0, 190, 255), (255, 88, 160), (120, 220, 90), (190, 140, 255), (255, 130, 60))
@@ -64,8 +65,8 @@ def entropy(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
     probabilities
         ``(label, ...)``, summing to 1 over labels.
     """
-    p = np.clip(probabilities.astype(np.float64), 1e-12, 1.0)
-    return np.asarray(-(p * np.log(p)).sum(axis=0) / np.log(len(p)), np.float32).clip(0, 1)
+    nats = uncertainty.entropy(probabilities.astype(np.float64))
+    return np.asarray(nats / np.log(len(probabilities)), np.float32).clip(0, 1)
 
 
 def measured(mask: NDArray[np.bool_], scan: Scan) -> dict[str, float | int | None]:

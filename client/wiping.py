@@ -1,7 +1,7 @@
 """Removing what a plan has left in the station's folder, and a list of it as the proof.
 
-Gone are the prepared volumes with the salt of their key, the stored answers, the layouts and the catalogue, as far as no
-other plan needs them. The ledger stays: what was spent on patients has left and cannot be taken back, and without it they
+Gone are the prepared volumes with the salt of their key, the stored answers, the layouts, what this site kept for itself of
+the plan's runs, and the catalogue, as far as no other plan needs them. The ledger stays: what was spent on patients has left and cannot be taken back, and without it they
 would pay again without anybody knowing. The audit stays, since it is the proof of what has left.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from client.data.cohort import cohort_key
 from client.data.sealed import SALT
 from client.egress import LAYOUTS, egress
+from client.own import OwnState
 from client.processes import overwrite
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
@@ -59,6 +60,7 @@ def wipe(station: Station, plan: Plan) -> list[Gone]:
         _remove("prepared volumes, and the salt of their key", [cohort]),
         _remove("answers that were kept to be given again", station.ledger().forget_answers(plan.sha256)),
         _remove("layouts of updates", _layouts_of(folder, plan, others)),
+        _remove("what this site kept for itself of its runs", _own_of(folder, plan)),
     ]
     if not others:
         removed.append(_remove("catalogue of the data folder", sorted(folder.glob("catalogue.sqlite*"))))
@@ -87,6 +89,13 @@ def _layouts_of(folder: Path, plan: Plan, others: Iterable[Plan]) -> list[Path]:
         if layout and (entry.get("plan") == plan.sha256 or entry.get("plan") in kept_for):
             named[entry["plan"] == plan.sha256].add(layout)
     return [folder / LAYOUTS / f"{layout}.json" for layout in sorted(named[True] - named[False])]
+
+
+def _own_of(folder: Path, plan: Plan) -> list[Path]:
+    """What was kept of each run in which this plan was asked about."""
+    runs = {entry["run"] for entry in egress(folder) if entry.get("plan") == plan.sha256 and "run" in entry}
+    places = [OwnState(folder, run, plan.sha256).folder for run in sorted(runs)]
+    return [place for place in places if place.is_dir()]
 
 
 def _remove(what: str, paths: Iterable[Path]) -> Gone:

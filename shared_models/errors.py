@@ -24,6 +24,7 @@ TITLES: dict[str, str] = {
     "C126": "results could not be sent to the archive",
     "C127": "the list of excluded patients cannot be used",
     "C128": "the plan's data cannot be wiped now",
+    "C134": "what a site keeps for itself of a run is damaged",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",
     "C142": "the cache could not be written",
