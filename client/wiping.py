@@ -1,9 +1,9 @@
 """Removing what a plan has left in the station's folder, and a list of it as the proof.
 
-Gone are the prepared volumes with the salt of their key, the stored answers, the layouts, what this site kept for itself of
-the plan's runs, and the catalogue, as far as no other plan needs them. The ledger stays: what was spent on patients has left
-and cannot be taken back, and without it they would pay again without anybody knowing. The audit stays, since it is the proof
-of what has left.
+Gone are the prepared volumes with the salt of their key, the stored answers, the layouts, what this site kept for itself
+of the plan's runs, and the catalogue, as far as no other plan needs them. The ledger stays: what was spent on patients has
+left and cannot be taken back, and without it they would pay again without anybody knowing. The audit stays, since it is the
+proof of what has left.
 """
 
 from __future__ import annotations

@@ -229,9 +229,9 @@ def spoilt(entry: Path, seal: Seal, kind: str) -> None:
             whole = (entry / IMAGE).read_bytes()
             (entry / IMAGE).write_bytes(whole[: len(whole) // 2])
         case "changed by somebody without the key":
-            whole = bytearray((entry / IMAGE).read_bytes())
-            whole[len(whole) // 2] ^= 1
-            (entry / IMAGE).write_bytes(whole)
+            whole = (entry / IMAGE).read_bytes()
+            start = 8 + int.from_bytes(whole[4:8], "big")
+            (entry / IMAGE).write_bytes(whole[:start] + bytes(byte ^ 1 for byte in whole[start:]))
         case "oversize":
             larger = np.zeros((1, 9, 200, 210), np.float32)
             put(IMAGE, larger + 1)
