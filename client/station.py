@@ -332,7 +332,9 @@ class Station:
         FederadError
             C127 if it is not known who is excluded, C143 if the plan was never approved here.
         """
-        return Cohort.open(self._cohort_folder(plan), secret=self._secret, excluded=exclusions.excluded(self.folder))
+        return Cohort.open(
+            self._cohort_folder(plan), self.name, secret=self._secret, excluded=exclusions.excluded(self.folder)
+        )
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""

@@ -18,6 +18,7 @@ TITLES: dict[str, str] = {
     "P102": "a key of the plan is unknown, missing or has an impossible value",
     "P103": "two keys of the plan contradict each other",
     "P104": "the plan asks for something that this version does not implement",
+    "P105": "the acceleration leaves no centre of k-space",
     "C123": "the study does not fit the model",
     "C124": "the prediction cannot be written",
     "C125": "a prepared volume was changed",

@@ -18,7 +18,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from client.data import dicom, images
+from client.data import dicom, images, kspace
 from client.data.keys import key_of
 from client.data.records import Facts, File, Kind, Role, Series, Study
 from client.data.skips import Reason, Skipped, UnusableError, counts, unusable
@@ -214,6 +214,8 @@ class _Survey:
             return (images.inspect_nifti(path, relative, self._secret),)
         if name.endswith(images.PICTURE_ENDINGS):
             return images.inspect_picture(path, relative, self._secret, self._index)
+        if name.endswith(kspace.ENDINGS):
+            return (kspace.inspect(path, relative, self._secret, self._index),)
         return (dicom.inspect(path, size, self._secret),)
 
 

@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 
-from client.data import dicom, images
+from client.data import dicom, images, kspace
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
 from client.data.labels import StudyLabels
-from client.data.preprocessing import one_thread, prepare
+from client.data.preprocessing import coil_volume, on_patient_axes, one_thread, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
 from client.data.sealed import Seal, SealedArray
@@ -43,7 +43,7 @@ from client.data.skips import Reason, Skipped, UnusableError, counts
 from client.data.storage import replacing, unwritable, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.tasks import OF_WHOLE_STUDIES
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
 from shared_models.volume import Volume
 
 VERSION = 1
@@ -63,9 +63,10 @@ def cohort_key(plan: Plan) -> str:
     studies. Plans that look at the data alike share a
     cohort folder.
     """
+    of_kspace = set() if _begins_at_kspace(plan) else {"coils", "simulated"}
     looks: dict[str, Any] = {
         "version": VERSION,
-        "data": plan.data.model_dump(mode="json", exclude={"patch"}),
+        "data": plan.data.model_dump(mode="json", exclude={"patch"} | of_kspace),
         "labels": plan.task.labels,
     }
     if _has_label_of_study(plan):
@@ -93,18 +94,28 @@ class _Prepared:
     spacing_mm: tuple[float, float, float]
     scanner: str | None
     category: int | None = None
+    is_simulated: bool = False
 
 
 class Cohort:
     """The patients of this site that a plan can use. Built with :meth:`build`, reopened with :meth:`open`."""
 
     def __init__(
-        self, folder: Path, prepared: tuple[_Prepared, ...], skipped: tuple[Skipped, ...], seal: Seal, n_excluded: int
+        self,
+        folder: Path,
+        prepared: tuple[_Prepared, ...],
+        skipped: tuple[Skipped, ...],
+        seal: Seal,
+        n_excluded: int,
+        site: str = "",
     ) -> None:
         self.skipped = skipped
         """Studies left out, with the reason for each."""
         self.n_excluded = n_excluded
         """Patients of this cohort who are left out because their consent was withdrawn."""
+        self.n_simulated = sum(p.is_simulated for p in prepared)
+        """Studies whose phase and coils are made up."""
+        self._site = site
         self.scanners: tuple[str, ...] = tuple(sorted({p.scanner for p in prepared if p.scanner}))
         """Scanners of the studies, sorted."""
         self._folder = folder
@@ -172,8 +183,9 @@ class Cohort:
         return cls(folder, tuple(builder.prepared), tuple(builder.skipped), builder.seal, n_excluded)
 
     @classmethod
-    def open(cls, folder: Path, *, secret: bytes, excluded: frozenset[str] = frozenset()) -> Cohort:
-        """Open a cohort that was built in ``folder`` with this secret, without the patients who are excluded by now.
+    def open(cls, folder: Path, site: str = "", *, secret: bytes, excluded: frozenset[str] = frozenset()) -> Cohort:
+        """Open a cohort that was built in ``folder`` with this secret, without the patients who are excluded by now;
+        ``site`` is the name that its volumes carry.
 
         Raises
         ------
@@ -188,7 +200,7 @@ class Cohort:
             n_excluded = len({one.patient for one in prepared} & excluded)
             n_lost = sum(not (folder / "volumes" / p.entry / IMAGE).is_file() for p in kept)
             if n_lost == 0:
-                return cls(folder, kept, skipped, _seal_of(folder, secret), n_excluded)
+                return cls(folder, kept, skipped, _seal_of(folder, secret), n_excluded, site)
             happened = f"has lost {n_lost} of its {len(kept)} prepared volumes"
         except (OSError, ValueError, KeyError, TypeError) as error:
             happened = f"cannot be read ({type(error).__name__})"
@@ -233,6 +245,8 @@ class Cohort:
             foreground=np.asarray(foreground),
             spacing_mm=one.spacing_mm,
             category=one.category,
+            key=one.study,
+            site=self._site,
         )
 
 
@@ -268,7 +282,10 @@ class _Builder:
             self.skipped.append(Skipped(study.key, error.reason))
             return
         split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
-        self.prepared.append(_Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category))
+        made_up = _begins_at_kspace(self._plan) and kspace.is_simulated(next(iter(study.images.values())))
+        self.prepared.append(
+            _Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category, made_up)
+        )
 
     def _one_image(self, study: Study) -> list[Path]:
         return [self._path(file) for file in next(iter(study.images.values())).files]
@@ -288,6 +305,8 @@ class _Builder:
 
     def _volume(self, channels: list[Series], label: Series | None) -> Volume:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
+        if _begins_at_kspace(self._plan):
+            return coil_volume(self._coils(channels[0]))
         if label is not None:
             try:
                 return prepare(read_scan(channels, label, self._path, self._plan), self._plan.data)
@@ -295,6 +314,14 @@ class _Builder:
                 if self._labels is None:
                     raise
         return prepare(read_scan(channels, None, self._path, self._plan), self._plan.data)
+
+    def _coils(self, series: Series) -> kspace.Coils:
+        """Fully sampled coil images of a series, made up where it has magnitudes alone."""
+        n_coils = self._plan.data.coils
+        if series.kind is Kind.KSPACE:
+            return kspace.read(self._path(series.files[0]), n_coils)
+        magnitude = on_patient_axes(read_scan([series], None, self._path, self._plan), self._plan.data)
+        return kspace.Coils(kspace.simulated(magnitude.image[0], n_coils), magnitude.spacing_mm)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -365,6 +392,8 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
         As :func:`image_series`, and if there is not exactly one label.
     """
     channels = image_series(study, plan)
+    if _begins_at_kspace(plan):
+        return channels, None
     label = study.label
     if label is None and not _has_label_of_study(plan):
         raise UnusableError(Reason.NO_LABEL)
@@ -398,11 +427,20 @@ def image_series(study: Study, plan: Plan) -> list[Series]:
         raise UnusableError(Reason.CHANNELS_DIFFER)
     if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
         raise UnusableError(Reason.NEEDS_VOLUME)
+    if _begins_at_kspace(plan):
+        if kspace.is_simulated(channels[0]) and not plan.data.simulated:
+            raise UnusableError(Reason.NO_KSPACE)
+    elif any(one.kind is Kind.KSPACE for one in channels):
+        raise UnusableError(Reason.IS_KSPACE)
     return channels
 
 
 def _has_label_of_study(plan: Plan) -> bool:
     return plan.task.kind in OF_WHOLE_STUDIES
+
+
+def _begins_at_kspace(plan: Plan) -> bool:
+    return plan.task.kind in OF_KSPACE
 
 
 def _is_flat(series: Series) -> bool:

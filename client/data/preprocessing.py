@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.kspace import Coils
 from client.data.scan import Scan
 from client.data.skips import Reason, UnusableError
 from shared_models.plan import DataTable
@@ -112,6 +113,27 @@ def on_scan_grid(
     back = ornt_transform(np.stack([np.arange(3), np.ones(3)], axis=1), to_patient)
     turned = [apply_orientation(channel.transpose(2, 1, 0), back).transpose(2, 1, 0) for channel in values]
     return np.ascontiguousarray(turned, dtype=np.float32)
+
+
+def on_patient_axes(scan: Scan, data: DataTable) -> Volume:
+    """A scan on the nearest patient axes in its own grid, with intensities as they were stored; UnusableError as above."""
+    if not np.isfinite(scan.image).all():
+        raise UnusableError(Reason.NOT_FINITE)
+    image, _, spacing_mm = (
+        (scan.image, None, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
+    )
+    return Volume(image, None, foreground_of(None), spacing_mm)
+
+
+def coil_volume(coils: Coils) -> Volume:
+    """Coil images as a plan's volume: real and imaginary part of one coil after the other, ``(2 coil, z, y, x)``, divided
+    by the largest magnitude of the study."""
+    magnitude = np.sqrt((np.abs(coils.images) ** 2).sum(axis=0))
+    if magnitude.max() <= 0:
+        raise UnusableError(Reason.NOT_FINITE)
+    parts = np.stack([coils.images.real, coils.images.imag], axis=1) / magnitude.max()
+    image = parts.reshape(-1, *coils.images.shape[1:]).astype(np.float32)
+    return Volume(image, None, foreground_of(None), coils.spacing_mm)
 
 
 @contextmanager

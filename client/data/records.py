@@ -15,6 +15,7 @@ class Kind(StrEnum):
     SEGMENTATION = "dicom segmentation"
     NIFTI = "nifti"
     PICTURE = "picture"
+    KSPACE = "k-space"
 
 
 class Role(StrEnum):
