@@ -151,7 +151,7 @@ def predict(
     secret = (site.station / "secret").read_bytes()
     with _new_folder(to) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders' warnings quote header values
-        case, handled = read_case(model, study, secret, deidentified=deidentified)
+        case, handled = read_case(model, study, secret, site.station, deidentified=deidentified)
         findings: Findings = writer(case, part, on_progress)
         if handled is not None:
             (part / "deidentification.json").write_text(json.dumps(handled.as_json(), indent=1), encoding="utf-8")
@@ -196,7 +196,9 @@ def load(site: SiteFolder, wanted: str) -> Model:
     return Model(release, release.card(), release.plan(), release.network().to(device), device)
 
 
-def read_case(model: Model, path: Path, secret: bytes, *, deidentified: bool = False) -> tuple[Case, Handled | None]:
+def read_case(
+    model: Model, path: Path, secret: bytes, work_in: Path, *, deidentified: bool = False
+) -> tuple[Case, Handled | None]:
     """A study as the model sees it, through the reader and the preprocessing of training; C123 if it does not fit.
 
     Parameters
@@ -205,11 +207,13 @@ def read_case(model: Model, path: Path, secret: bytes, *, deidentified: bool = F
         A folder with one study, or a file with one image.
     secret
         The site's.
+    work_in
+        A folder for what is needed meanwhile; nothing of it stays.
     deidentified
         Whether the headers' identifiers and dates are mapped; what was done to them is then returned, too.
     """
     plan = model.plan
-    with tempfile.TemporaryDirectory() as work, _as_folder(path, Path(work)) as source, one_thread():
+    with tempfile.TemporaryDirectory(dir=work_in) as work, _as_folder(path, Path(work)) as source, one_thread():
         study, paths = _only_study(source, Path(work) / "catalogue.sqlite", secret)
         try:
             channels = image_series(study, plan)
