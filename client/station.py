@@ -174,7 +174,7 @@ class Station:
             catalogue,
             plan,
             secret=self._secret,
-            excluded=exclusions.excluded(self.folder),
+            excluded=self._left_out(),
             on_progress=on_progress,
         )
         n_patients = len(cohort.patients("train"))
@@ -225,6 +225,10 @@ class Station:
             done = Exclusion(len(keys), len(before ^ after), len(after), n_volumes, self._n_known(keys))
             self.audit.write("taken-back" if take_back else "excluded", by_uid=os.getuid(), **done.as_json())
         return done
+
+    def _left_out(self) -> frozenset[str]:
+        """Keys of the patients who must not take part now; C127 if nobody can tell."""
+        return exclusions.excluded(self.folder)
 
     def _n_known(self, keys: set[str]) -> int | None:
         """How many of these keys the catalogue has; None where nobody looked yet."""
@@ -332,9 +336,7 @@ class Station:
         FederadError
             C127 if it is not known who is excluded, C143 if the plan was never approved here.
         """
-        return Cohort.open(
-            self._cohort_folder(plan), self.name, secret=self._secret, excluded=exclusions.excluded(self.folder)
-        )
+        return Cohort.open(self._cohort_folder(plan), self.name, secret=self._secret, excluded=self._left_out())
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""

@@ -44,7 +44,7 @@ def code_of(work) -> str:
 
 class TestArray:
     @given(st.data())
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     def test_every_window_is_that_of_the_array(self, tmp_path_factory, data):
         """
         Whatever its shape, its chunks, and the numbers and slices asked for, with and without a new axis.
