@@ -41,6 +41,11 @@ class OwnState:
         name = hashlib.sha256(json.dumps([run, plan_sha256]).encode()).hexdigest()[:32]
         self._folder = station / FOLDER / name
 
+    @property
+    def folder(self) -> Path:
+        """Where it is kept; not there where nothing is."""
+        return self._folder
+
     def before(self, question: Question) -> Weights:
         """What holds when a question is answered: after the round before it, or after its own if it only measures.
 
