@@ -18,6 +18,8 @@ TITLES: dict[str, str] = {
     "P102": "a key of the plan is unknown, missing or has an impossible value",
     "P103": "two keys of the plan contradict each other",
     "P104": "the plan asks for something that this version does not implement",
+    "C115": "the process that reads image files cannot be started",
+    "C116": "the table of patients cannot be used",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",
     "C142": "the cache could not be written",

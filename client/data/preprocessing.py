@@ -25,6 +25,9 @@ MAX_THICKNESS_RATIO = 1.5
 """In 2D, how much coarser a slice's pixels may be along one side than the distance between slices: beyond it, the
 series was not acquired axially and its axial planes are interpolation rather than image."""
 
+MAX_LEANING = 0.1
+"""How far the last slice may lie aside from the first one's normal without being shifted [pixels]."""
+
 _LPS_ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Where each axis of an LPS affine begins and ends; MONAI assumes RAS otherwise."""
 
@@ -59,10 +62,40 @@ def prepare(scan: Scan, data: DataTable) -> Volume:
         raise UnusableError(Reason.NEEDS_VOLUME)
     if scan.affine is None and data.spacing_mm is not None:
         raise UnusableError(Reason.NO_SPACING)
+    scan = straightened(scan)
     image, label, spacing_mm = (
         (scan.image, scan.label, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
     )
     return Volume(_normalised(image), label, foreground_of(label), spacing_mm)
+
+
+def straightened(scan: Scan) -> Scan:
+    """The same scan with its slices above each other: those of a tilted gantry are shifted in their planes.
+
+    Images bilinearly, labels to the nearest pixel, about the slice in the middle; what comes in from outside is the
+    darkest value and no label. A scan that is straight passes unchanged.
+    """
+    if scan.affine is None:
+        return scan
+    x, y, step = scan.affine[:3, :3].T
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    per_slice = np.array([step @ y / (y @ y), step @ x / (x @ x)])  # rows, columns
+    if not abs(np.dot(normal, step)) > 0 or np.abs(per_slice).max() * max(scan.shape[0] - 1, 0) < MAX_LEANING:
+        return scan
+    from scipy.ndimage import shift
+
+    middle = (scan.shape[0] - 1) / 2
+    image, label = np.empty_like(scan.image), None if scan.label is None else np.empty_like(scan.label)
+    for k in range(scan.shape[0]):
+        by = (k - middle) * per_slice
+        for c, channel in enumerate(scan.image):
+            image[c, k] = shift(channel[k], by, order=1, mode="constant", cval=float(channel.min()))
+        if label is not None and scan.label is not None:
+            label[k] = shift(scan.label[k], by, order=0, mode="constant", cval=0)
+    affine = scan.affine.copy()
+    affine[:3, 2] = normal * np.dot(normal, step)
+    affine[:3, 3] += middle * (per_slice[0] * y + per_slice[1] * x)
+    return Scan(image, affine, label)
 
 
 @contextmanager

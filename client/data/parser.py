@@ -1,0 +1,153 @@
+"""The process in which foreign files are parsed: a line of JSON comes in, a line of JSON goes out, pixels lie between.
+
+Started by ``reader`` and replaced when it dies. It cannot write a file (``RLIMIT_FSIZE`` is 0), its time and memory are
+limited for each request, it knows no secret, and what decoders print goes nowhere.
+
+A request is ``{"do": NAME, "with": {...}, "seconds": S, "bytes": B}``; the reply ``{"facts": {...}, "arrays": [[dtype,
+shape, offset], ...]}`` or ``{"unusable": REASON}``. Before the reply it may ask for room: ``{"room": BYTES}``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.skips import Reason, UnusableError
+
+
+class _Shared:
+    """Arrays in memory that the asking process has opened too."""
+
+    def __init__(self, file: int, requests: BinaryIO, replies: BinaryIO) -> None:
+        self._file = file
+        self._requests = requests
+        self._replies = replies
+        self.arrays: list[tuple[str, tuple[int, ...], int]] = []
+        self._end = 0
+
+    def begin(self) -> None:
+        self.arrays, self._end = [], 0
+
+    def share(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """An array of zeros that is part of the reply."""
+        shape = tuple(int(n) for n in shape)
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        offset = self._end
+        self._end += -(-max(n_bytes, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        _send(self._replies, {"room": self._end})
+        if not json.loads(self._requests.readline())["granted"]:
+            raise UnusableError(Reason.TOO_LARGE)
+        self.arrays.append((np.dtype(dtype).str, shape, offset))
+        most, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (most + n_bytes, hard))  # what was granted comes on top
+        memory = mmap.mmap(self._file, max(n_bytes, 1), offset=offset)
+        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+
+def _send(replies: BinaryIO, reply: dict[str, Any]) -> None:
+    replies.write(json.dumps(reply).encode() + b"\n")
+    replies.flush()
+
+
+def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[str, Callable[..., Any]]:
+    """What can be asked, by name; research formats are imported when the first of them comes."""
+    from client.data import dicom_files
+
+    def whole(values: NDArray[Any]) -> None:
+        share(values.shape, values.dtype.str)[...] = values
+
+    def layouts(paths: list[str]) -> dict[str, Any]:
+        return {"layouts": [dicom_files.layout(Path(path)) for path in paths]}
+
+    def nifti_header(path: str) -> dict[str, Any]:
+        from client.data import images
+
+        return {"shape": images.nifti_shape(Path(path))}
+
+    def nifti(path: str) -> dict[str, Any]:
+        from client.data import images
+
+        values, affine = images.nifti_values(Path(path))
+        whole(values)
+        whole(affine)
+        return {}
+
+    def picture_header(path: str) -> dict[str, Any]:
+        from client.data import images
+
+        size, is_grey = images.picture_header(Path(path))
+        return {"size": size, "is_grey": is_grey}
+
+    def picture(path: str, colour: bool) -> dict[str, Any]:
+        from client.data import images
+
+        whole(images.picture_values(Path(path), colour=colour))
+        return {}
+
+    return {
+        "describe": lambda path: dicom_files.describe(Path(path)),
+        "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
+        "layouts": layouts,
+        "pixels": lambda path: dicom_files.pixels(Path(path), share),
+        "segmentation": lambda path: dicom_files.segmentation(Path(path), share),
+        "structures": lambda path: dicom_files.structures(Path(path)),
+        "nifti header": nifti_header,
+        "nifti": nifti,
+        "picture header": picture_header,
+        "picture": picture,
+    }
+
+
+def _limit(seconds: float, n_bytes: int, base_bytes: int) -> None:
+    """CPU time from now on, and address space beyond what the process had when it began."""
+    spent_s = time.process_time()
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(spent_s + seconds), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (base_bytes + n_bytes, resource.RLIM_INFINITY))
+
+
+def _answer(ability: Callable[..., Any], arguments: dict[str, Any], shared: _Shared) -> dict[str, Any]:
+    try:
+        return {"facts": ability(**arguments), "arrays": shared.arrays}
+    except UnusableError as error:
+        return {"unusable": Reason.TOO_LARGE if isinstance(error.__cause__, MemoryError) else error.reason}
+    except MemoryError:
+        return {"unusable": Reason.TOO_LARGE}
+    except Exception:
+        return {"unusable": Reason.DAMAGED}
+
+
+def main() -> None:
+    """Answer until nobody asks any more."""
+    file = int(sys.argv[1])
+    requests, replies = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    warnings.simplefilter("ignore")
+    shared = _Shared(file, requests, replies)
+    abilities = _abilities(shared.share)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    base_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    _send(replies, {"ready": True})
+    for line in requests:
+        asked = json.loads(line)
+        shared.begin()
+        _limit(asked["seconds"], asked["bytes"], base_bytes)
+        _send(replies, _answer(abilities[asked["do"]], asked["with"], shared))
+
+
+if __name__ == "__main__":
+    main()
