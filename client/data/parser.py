@@ -1,10 +1,10 @@
-"""The process in which foreign files are parsed: a line of JSON comes in, a line of JSON goes out, pixels lie between.
+"""The process in which foreign files are parsed: a line of JSON comes in, a line of JSON goes out, and pixels behind it.
 
 Started by ``reader`` and replaced when it dies. It cannot write a file (``RLIMIT_FSIZE`` is 0), its time and memory are
 limited for each request, it knows no secret, and what decoders print goes nowhere.
 
 A request is ``{"do": NAME, "with": {...}, "seconds": S, "bytes": B}``; the reply ``{"facts": {...}, "arrays": [[dtype,
-shape, offset], ...]}`` or ``{"unusable": REASON}``. Before the reply it may ask for room: ``{"room": BYTES}``.
+shape], ...]}`` with the values of the arrays behind it, or ``{"unusable": REASON}``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 import mmap
 import os
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,38 +25,33 @@ from numpy.typing import NDArray
 
 from client.data.skips import Reason, UnusableError
 
+MOST_BYTES = 8 * 2**30
+"""Largest array that a file may become [bytes]."""
 
-class _Shared:
-    """Arrays in memory that the asking process has opened too."""
 
-    def __init__(self, file: int, requests: BinaryIO, replies: BinaryIO) -> None:
-        self._file = file
-        self._requests = requests
-        self._replies = replies
-        self.arrays: list[tuple[str, tuple[int, ...], int]] = []
-        self._end = 0
+class _Arrays:
+    """The arrays of one reply."""
 
-    def begin(self) -> None:
-        self.arrays, self._end = [], 0
+    def __init__(self) -> None:
+        self.all: list[NDArray[Any]] = []
 
     def share(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """An array of zeros that is part of the reply."""
-        shape = tuple(int(n) for n in shape)
-        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        offset = self._end
-        self._end += -(-max(n_bytes, 1) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        _send(self._replies, {"room": self._end})
-        if not json.loads(self._requests.readline())["granted"]:
+        """An array of zeros that becomes part of the reply."""
+        n_bytes = math.prod(int(n) for n in shape) * np.dtype(dtype).itemsize
+        if n_bytes > MOST_BYTES:
             raise UnusableError(Reason.TOO_LARGE)
-        self.arrays.append((np.dtype(dtype).str, shape, offset))
         most, hard = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (most + n_bytes, hard))  # what was granted comes on top
-        memory = mmap.mmap(self._file, max(n_bytes, 1), offset=offset)
-        return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+        resource.setrlimit(resource.RLIMIT_AS, (most + n_bytes, hard))  # what a header may claim comes on top
+        self.all.append(np.zeros(tuple(int(n) for n in shape), dtype))
+        return self.all[-1]
 
 
-def _send(replies: BinaryIO, reply: dict[str, Any]) -> None:
-    replies.write(json.dumps(reply).encode() + b"\n")
+def _send(replies: BinaryIO, reply: dict[str, Any], arrays: list[NDArray[Any]]) -> None:
+    shapes = [[a.dtype.str, a.shape] for a in arrays]
+    replies.write(json.dumps(reply | {"arrays": shapes}).encode() + b"\n")
+    for array in arrays:
+        if array.size:
+            replies.write(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B"))
     replies.flush()
 
 
@@ -117,9 +111,9 @@ def _limit(seconds: float, n_bytes: int, base_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (base_bytes + n_bytes, resource.RLIM_INFINITY))
 
 
-def _answer(ability: Callable[..., Any], arguments: dict[str, Any], shared: _Shared) -> dict[str, Any]:
+def _answer(ability: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"facts": ability(**arguments), "arrays": shared.arrays}
+        return {"facts": ability(**arguments)}
     except UnusableError as error:
         return {"unusable": Reason.TOO_LARGE if isinstance(error.__cause__, MemoryError) else error.reason}
     except MemoryError:
@@ -130,23 +124,23 @@ def _answer(ability: Callable[..., Any], arguments: dict[str, Any], shared: _Sha
 
 def main() -> None:
     """Answer until nobody asks any more."""
-    file = int(sys.argv[1])
     requests, replies = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     warnings.simplefilter("ignore")
-    shared = _Shared(file, requests, replies)
-    abilities = _abilities(shared.share)
+    arrays = _Arrays()
+    abilities = _abilities(arrays.share)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     base_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    _send(replies, {"ready": True})
+    _send(replies, {"ready": True}, [])
     for line in requests:
         asked = json.loads(line)
-        shared.begin()
         _limit(asked["seconds"], asked["bytes"], base_bytes)
-        _send(replies, _answer(abilities[asked["do"]], asked["with"], shared))
+        reply = _answer(abilities[asked["do"]], asked["with"])
+        _send(replies, reply, arrays.all if "facts" in reply else [])
+        arrays.all.clear()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,9 @@ back is JSON and plain arrays, never objects. A file that breaks its reader is o
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
+import math
 import os
 import queue
 import select
@@ -25,6 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.parser import MOST_BYTES
 from client.data.skips import Reason, UnusableError
 from shared_models.errors import FederadError
 
@@ -40,8 +43,8 @@ WALL_S = 60.0
 MEMORY = 768 * 2**20
 """Memory that a file may take, besides three times its size [bytes]."""
 
-MOST_SHARED = 8 * 2**30
-"""Largest array that a file may become [bytes]."""
+PIPE_BYTES = 2**20
+"""Room of the pipe between the two, so that they seldom wait for each other [bytes]."""
 
 READY_S = 60.0
 """How long a new process may take to begin [s]."""
@@ -70,7 +73,6 @@ class Reader:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._shared = -1
         self._waiting = b""
 
     def ask(self, what: str, *, size: int, **arguments: Any) -> Reply:
@@ -107,18 +109,10 @@ class Reader:
         request = {"do": what, "with": arguments, "seconds": seconds, "bytes": MEMORY + 3 * size}
         self._write(process, request)
         until = time.monotonic() + WALL_S + 4 * seconds
-        while True:
-            reply = self._line(process, until)
-            if "room" not in reply:
-                break
-            self._write(process, {"granted": self._make_room(reply["room"])})
+        reply = self._line(process, until)
         if "unusable" in reply:
-            self._make_room(0)
             raise UnusableError(Reason(reply["unusable"]))
-        arrays = tuple(self._copied(*one) for one in reply["arrays"])
-        if arrays:
-            self._make_room(0)
-        return Reply(reply["facts"], arrays)
+        return Reply(reply["facts"], tuple(self._array(process, until, *one) for one in reply["arrays"]))
 
     def close(self) -> None:
         """End the child."""
@@ -128,13 +122,11 @@ class Reader:
             for stream in (self._process.stdin, self._process.stdout):
                 with suppress(OSError):
                     stream.close()  # type: ignore[union-attr]
-            os.close(self._shared)
             self._process, self._waiting = None, b""
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            self._shared = os.memfd_create("federad-pixels")
-            self._process = _start(self._shared)
+            self._process = _start()
             try:
                 self._line(self._process, time.monotonic() + READY_S)
             except (_GoneError, UnusableError):
@@ -151,19 +143,37 @@ class Reader:
 
     def _line(self, process: subprocess.Popen[bytes], until: float) -> dict[str, Any]:
         """The next line that the child writes; it is ended if there is none in time."""
-        stream = process.stdout.fileno()  # type: ignore[union-attr]
         parts = [self._waiting]
         while b"\n" not in parts[-1]:
-            ready, _, _ = select.select([stream], [], [], max(until - time.monotonic(), 0))
-            if not ready:
-                self.close()
-                raise UnusableError(Reason.TOO_SLOW)
-            part = os.read(stream, 1 << 20)
-            if not part:
-                self._say_why(process)
-            parts.append(part)
+            part = bytearray(1 << 16)
+            parts.append(bytes(part[: self._read(process, until, part)]))
         line, _, self._waiting = b"".join(parts).partition(b"\n")
         return json.loads(line)  # type: ignore[no-any-return]
+
+    def _array(self, process: subprocess.Popen[bytes], until: float, dtype: str, shape: list[int]) -> NDArray[Any]:
+        """An array that follows a reply."""
+        if math.prod(shape) * np.dtype(dtype).itemsize > MOST_BYTES or np.dtype(dtype).hasobject:
+            self.close()
+            raise UnusableError(Reason.TOO_LARGE)
+        array = np.empty(shape, np.dtype(dtype))
+        buffer = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+        done = min(len(buffer), len(self._waiting))
+        buffer[:done], self._waiting = self._waiting[:done], self._waiting[done:]
+        while done < len(buffer):
+            done += self._read(process, until, buffer[done:])
+        return array
+
+    def _read(self, process: subprocess.Popen[bytes], until: float, into: memoryview | bytearray) -> int:
+        """Whatever the child has written, at least one byte; it is ended if nothing comes in time."""
+        stream = process.stdout.fileno()  # type: ignore[union-attr]
+        ready, _, _ = select.select([stream], [], [], max(until - time.monotonic(), 0))
+        if not ready:
+            self.close()
+            raise UnusableError(Reason.TOO_SLOW)
+        n = os.readv(stream, [into])
+        if n == 0:
+            self._say_why(process)
+        return n
 
     def _say_why(self, process: subprocess.Popen[bytes]) -> None:
         """The child is gone: because its time was up, or for a reason of its own."""
@@ -174,39 +184,23 @@ class Reader:
             raise UnusableError(Reason.TOO_SLOW)
         raise _GoneError
 
-    def _make_room(self, n_bytes: int) -> bool:
-        if not 0 <= n_bytes <= MOST_SHARED:
-            return False
-        os.ftruncate(self._shared, n_bytes)
-        return True
 
-    def _copied(self, dtype: str, shape: list[int], offset: int) -> NDArray[Any]:
-        """An array of the shared memory; read and not mapped, so that nobody can take it away meanwhile."""
-        array = np.empty(shape, np.dtype(dtype))
-        if array.dtype.hasobject:
-            raise UnusableError(Reason.CRASHED)
-        buffer, done = memoryview(array).cast("B") if array.size else memoryview(b""), 0
-        while done < len(buffer):
-            n = os.preadv(self._shared, [buffer[done:]], offset + done)
-            if n == 0:
-                raise UnusableError(Reason.CRASHED)
-            done += n
-        return array
-
-
-def _start(shared: int) -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes]:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+    # Only what it needs: whatever else stands in the environment is none of a hostile file's business.
     env = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
     env |= dict.fromkeys(threads, "1") | {"PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.Popen(  # noqa: S603  # our own module
-        [sys.executable, "-P", "-m", "client.data.parser", str(shared)],
+    process = subprocess.Popen(  # our own module
+        [sys.executable, "-P", "-m", "client.data.parser"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        pass_fds=(shared,),
         env=env,
         cwd="/",
     )
+    with suppress(OSError):
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, PIPE_BYTES)  # type: ignore[arg-type]
+    return process
 
 
 def _not_started() -> FederadError:

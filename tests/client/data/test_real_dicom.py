@@ -175,7 +175,7 @@ class TestCatalogueOfTheFolder:
         """
         Without its child process the station reads no header.
         """
-        monkeypatch.setattr(reader, "_start", lambda shared: (_ for _ in ()).throw(OSError("no process")))
+        monkeypatch.setattr(reader, "_start", lambda: (_ for _ in ()).throw(OSError("no process")))
         fresh = reader._Pool()
         monkeypatch.setattr(reader, "_pool", fresh)
 
