@@ -236,6 +236,16 @@ class _Pool:
         finally:
             self._idle.put(reader)
 
+    def living(self) -> list[int]:
+        """Process numbers of the readers that wait for a question."""
+        waiting: list[Reader] = []
+        with suppress(queue.Empty):
+            while os.getpid() == self._pid:
+                waiting.append(self._idle.get_nowait())
+        for one in waiting:
+            self._idle.put(one)
+        return [one._process.pid for one in waiting if one._process is not None]
+
     def close(self) -> None:
         """End all of them."""
         while os.getpid() == self._pid:
@@ -247,6 +257,11 @@ class _Pool:
 
 _pool = _Pool()
 atexit.register(_pool.close)
+
+
+def living() -> list[int]:
+    """Process numbers of this process's readers, when none of them is busy."""
+    return _pool.living()
 
 
 def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
