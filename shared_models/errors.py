@@ -20,6 +20,7 @@ TITLES: dict[str, str] = {
     "P104": "the plan asks for something that this version does not implement",
     "C115": "the process that reads image files cannot be started",
     "C116": "the table of patients cannot be used",
+    "C117": "the device in site.toml is not there",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",
     "C142": "the cache could not be written",
