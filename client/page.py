@@ -32,7 +32,7 @@ h1 { font-size: 2rem; line-height: 1.2; margin: 0; } h2 { font-size: 1.2rem; mar
 p { margin: 0 0 .75rem; max-width: 46rem; } .small { color: var(--muted); font-size: .87rem; }
 .lead { font-size: 1.15rem; margin: .9rem 0 1.5rem; }
 .card { background: var(--surface); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.1rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .75rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11.5rem, 1fr)); gap: .75rem; }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { font-size: .87rem; color: var(--muted); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
@@ -162,7 +162,7 @@ def _spacings(looks: Sequence[Look]) -> str:
 
 
 def _range(values: NDArray[np.float64]) -> str:
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min()) + 0.0, float(values.max()) + 0.0
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
