@@ -137,7 +137,8 @@ def _plan(found: Readiness) -> list[str]:
 def _reasons(tally: Mapping[str, int], what: str, none: str) -> str:
     if not tally:
         return f'<p class="good">{escape(none)}</p>'
-    return _table("Reason", (what,), sorted(tally.items(), key=lambda item: (-item[1], item[0])))
+    most_first: list[tuple[str, int]] = sorted(tally.items(), key=lambda item: (-item[1], item[0]))
+    return _table("Reason", (what,), most_first)
 
 
 def _spacings(looks: Sequence[Look]) -> str:

@@ -162,8 +162,8 @@ def _scanners(studies: list[Study]) -> dict[str, tuple[int, int]]:
 
 
 def _evenly(studies: list[Study], most: int) -> Iterator[Study]:
-    chosen = np.unique(np.linspace(0, len(studies) - 1, min(most, len(studies))).astype(int)) if studies else []
-    return (studies[int(n)] for n in chosen)
+    n = min(most, len(studies))
+    return (studies[k * (len(studies) - 1) // max(n - 1, 1)] for k in range(n))
 
 
 def _looked_at(study: Study, name: str, series: Series, paths: Mapping[str, Path]) -> Look:

@@ -1,6 +1,6 @@
 """Read DICOM: what a file's header says, a series as one volume or several, labels drawn on a volume.
 
-Files are taken apart in a child process (``reader``, ``dicom_files``); which planes form a volume is ``stacks``' matter,
+Files are taken apart in a child process (``reader``); which planes form a volume is ``stacks``' matter,
 which files belong together the catalogue's. Segmentations follow the Segmentation IOD (DICOM PS3.3, A.51 and C.8.20),
 contours the RT Structure Set IOD (A.19).
 """

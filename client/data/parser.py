@@ -51,19 +51,19 @@ def _send(replies: BinaryIO, reply: dict[str, Any], arrays: list[NDArray[Any]]) 
     replies.write(json.dumps(reply | {"arrays": shapes}).encode() + b"\n")
     for array in arrays:
         if array.size:
-            replies.write(memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B"))
+            replies.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     replies.flush()
 
 
 def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[str, Callable[..., Any]]:
     """What can be asked, by name; research formats are imported when the first of them comes."""
-    from client.data import dicom_files
+    from client.data import dicom_files, dicom_pixels, dicom_planes
 
     def whole(values: NDArray[Any]) -> None:
         share(values.shape, values.dtype.str)[...] = values
 
     def layouts(paths: list[str]) -> dict[str, Any]:
-        return {"layouts": [dicom_files.layout(Path(path)) for path in paths]}
+        return {"layouts": [dicom_planes.layout(Path(path)) for path in paths]}
 
     def nifti_header(path: str) -> dict[str, Any]:
         from client.data import images
@@ -94,9 +94,9 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
         "layouts": layouts,
-        "pixels": lambda path: dicom_files.pixels(Path(path), share),
-        "segmentation": lambda path: dicom_files.segmentation(Path(path), share),
-        "structures": lambda path: dicom_files.structures(Path(path)),
+        "pixels": lambda path: dicom_pixels.pixels(Path(path), share),
+        "segmentation": lambda path: dicom_pixels.segmentation(Path(path), share),
+        "structures": lambda path: dicom_pixels.structures(Path(path)),
         "nifti header": nifti_header,
         "nifti": nifti,
         "picture header": picture_header,

@@ -156,7 +156,7 @@ class Reader:
             self.close()
             raise UnusableError(Reason.TOO_LARGE)
         array = np.empty(shape, np.dtype(dtype))
-        buffer = memoryview(array.reshape(-1)).cast("B") if array.size else memoryview(b"")
+        buffer = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         done = min(len(buffer), len(self._waiting))
         buffer[:done], self._waiting = self._waiting[:done], self._waiting[done:]
         while done < len(buffer):
@@ -286,7 +286,7 @@ def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
 
 def _is_text(name: str) -> bool:
     """Whether a path survives JSON; bytes that are no text do, as lone surrogates."""
-    return json.loads(json.dumps(name)) == name
+    return str(json.loads(json.dumps(name))) == name
 
 
 def side_by_side(do: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:

@@ -2,7 +2,7 @@
 
 One axis order: intensities ``(channel, slice, row, column)``, slices along the cross product of row and column direction,
 and an affine from index (column, row, slice) to patient coordinates [mm], DICOM's LPS axes. Planes come from
-``dicom_files`` by way of ``reader``; nothing here parses a file.
+``dicom_planes`` by way of ``reader``; nothing here parses a file.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def _raw_frames(source: Source) -> NDArray[Any]:
         if os.fstat(file.fileno()).st_size < offset + values.nbytes:
             raise UnusableError(Reason.DAMAGED)
         file.seek(offset)
-        buffer, done = memoryview(values.reshape(-1)).cast("B"), 0
+        buffer, done = values.reshape(-1).view(np.uint8).data, 0
         while done < len(buffer):
             n = file.readinto(buffer[done:])
             if not n:
@@ -388,7 +388,7 @@ def _slice_step(planes: Sequence[Plane], *, even: bool) -> NDArray[np.float64]:
     if gaps.min() <= PLACE_TOLERANCE * np.median(gaps):
         raise UnusableError(Reason.DUPLICATE_SLICES)
     gap = float(gaps.mean() if even else np.median(gaps))
-    pixel_mm = float(min(planes[0].spacing))  # type: ignore[type-var,arg-type]
+    pixel_mm = float(min(planes[0].spacing))  # type: ignore[arg-type]
     drift = np.zeros(3)
     if np.abs(aside).max() > SHEAR_TOLERANCE * pixel_mm:
         drift = aside[-1] / along[-1]
