@@ -33,7 +33,7 @@ demo: $(READY) ## four emulated hospitals train together; report in runs/demo/re
 
 .PHONY: test
 test: $(READY) ## the whole test suite, without root, within 15 minutes
-	$(BIN)/python -m pytest -m "not system"
+	$(BIN)/python -m pytest -m "not system" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: system-packages
 system-packages: ## Debian's packages for a server: nginx (needs root)

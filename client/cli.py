@@ -34,6 +34,7 @@ from rich.table import Table  # noqa: E402
 
 from client.folder import SiteFolder, become_owner, cannot, name_of, owner_of  # noqa: E402
 from client.processes import holder  # noqa: E402
+from shared_models.commands import typed  # noqa: E402
 from shared_models.errors import FederadError  # noqa: E402
 
 TYPER_INTERRUPTED = 130
@@ -183,7 +184,7 @@ def start(
         _log_to_stderr()
         supervise(folder, threads=threads)
         return
-    if (other := holder(folder.lock)) is not None:
+    if (other := holder(folder.lock) or _part_that_runs(folder)) is not None:
         raise FederadError(
             "C156",
             happened=f"This site is started already: process {other}.",
@@ -236,6 +237,13 @@ def stop(site: Site = None, as_json: AsJson = False) -> None:
     pid = holder(folder.lock)
     if pid is not None:
         _end(folder, pid)
+    elif (part := _part_that_runs(folder)) is not None:
+        raise cannot(
+            f"Process {part} of this site was not started by federad-site start.",
+            "Whatever keeps it running would start it again.",
+            "as services: sudo systemctl stop federad-courier federad-station",
+            "as containers: docker compose down",
+        )
     _show(folder, {"stopped": pid is not None}, "Stopped." if pid else "It was not running.", "start", as_json)
 
 
@@ -272,7 +280,7 @@ def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False)
     for column in ("plan", "hash", "task", "rounds", "costs a patient", "offered", "here"):
         table.add_column(column)
     for one in listed:
-        kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.labels[1:])}"
+        kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.named_labels)}"
         table.add_row(
             one.plan.name,
             one.plan.sha256[:12],
@@ -608,7 +616,7 @@ def _next(folder: SiteFolder, *then: str) -> None:
 def _command(folder: SiteFolder, command: str) -> str:
     """A command about this folder: it says where that is, unless it would be found."""
     found = SiteFolder.find(None).root == folder.root
-    return f"federad-site {command}" + ("" if found else f" --site {shlex.quote(str(folder.root))}")
+    return typed("federad-site", command) if found else f"federad-site {command} --site {shlex.quote(str(folder.root))}"
 
 
 @contextmanager
@@ -817,6 +825,11 @@ def _courier_state(folder: SiteFolder) -> dict[str, Any] | None:
         return state if isinstance(state, dict) and state.get("pid") == pid else None
     except (OSError, ValueError):
         return None
+
+
+def _part_that_runs(folder: SiteFolder) -> int | None:
+    """The process of the courier, or of the station; None if neither runs."""
+    return holder(folder.courier / "process.lock") or holder(folder.station / "process.lock")
 
 
 def _end(folder: SiteFolder, pid: int) -> None:

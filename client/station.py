@@ -14,6 +14,7 @@ A station lives in one folder and can be reopened from it in any process::
     cohorts/<key>/       patients, splits and prepared volumes of plans that look at the data alike (``data.cohort``)
     ledger.sqlite        what every patient has paid, and which question was answered how (``ledger``)
     answers/             the bytes of those answers (``answers``)
+    own/                 what this site keeps for itself of runs whose strategy says so (``own``)
     outbox.sqlite        what waits to be told to the operator (``outbox``)
     audit.jsonl          what has left, and what was refused (``audit``)
     layouts/             names and shapes of the arrays that have left (``egress``)
@@ -41,6 +42,7 @@ from client.egress import noted
 from client.gate import TICKS, Gate, Release, StatusWord
 from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
+from client.own import OwnState
 from client.plans import ListedPlan, Plans
 from client.policy import Cost, Refused, cost_of, require_known_start, round_size
 from client.site import SiteConfig
@@ -291,10 +293,13 @@ class Station:
         with _in_a_word():
             reservation = self._paid(question, plan, cost, ledger)
         trainer, told = resident_trainer(plan, self.config.device), self._progress(question)
+        own = OwnState(self.folder, question.run, question.plan_sha256)
         if plan.privacy is None:
-            releases = exact_releases(trainer, cohort, ask, site=self.name, on_progress=told)
+            releases = exact_releases(trainer, cohort, ask, site=self.name, own=own, on_progress=told)
         else:
-            releases = noised_releases(trainer, cohort, ask, cost=cost, reservation=reservation, on_progress=told)
+            releases = noised_releases(
+                trainer, cohort, ask, site=self.name, own=own, cost=cost, reservation=reservation, on_progress=told
+            )
         passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
         released = noted(self.folder, passed.manifest)
         sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)

@@ -8,7 +8,6 @@ sites (a simulation's worker) needs memory for one. Without ``[privacy]`` all ra
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,7 +22,9 @@ from torch import Tensor
 
 from client.network_contract import check_network
 from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
+from client.steering import Steering
 from shared_models.plan import Plan, PrivacyTable
+from shared_models.schedule import learning_rate, local_steps
 from shared_models.seeds import derive, generator
 from shared_models.task import Sample, Task, mean_metrics, task_for
 from shared_models.volume import Volume
@@ -115,28 +116,63 @@ class Trainer:
         seed: int,
         site: str,
         round_: int,
+        correction: Weights | None = None,
         on_progress: OnSteps | None = None,
     ) -> Trained:
         """Train for the plan's epochs from ``weights`` and return new minus old.
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
-        ``proximal_mu`` every step also pulls back towards ``weights`` (FedProx, Li et al. 2020, arXiv:1812.06127, eq. 2).
-        ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
+        ``proximal_mu`` every step also pulls back towards ``weights``, and a ``correction`` is added to every gradient
+        (``steering``). ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a
+        ValueError here.
         """
         if self.plan.privacy is not None:
             raise ValueError("a plan with [privacy] trains through train_private, or not at all")
+        steering = self._steering(weights, correction)
+        return self._train(weights, cohort, steering, seed=seed, site=site, round_=round_, on_progress=on_progress)
+
+    def train_own(
+        self,
+        weights: Weights,
+        cohort: PatientSource,
+        *,
+        towards: Weights,
+        strength: float,
+        seed: int,
+        site: str,
+        round_: int,
+    ) -> Weights:
+        """A model for this site's own use, trained from ``weights`` and drawn to ``towards``; it never leaves.
+
+        No noise is added, with or without ``[privacy]``, under which passes and batches are those of a plan that says
+        nothing about them.
+        """
+        steering = Steering(self.network, towards=towards, strength=strength, correction={})
+        update = self._train(weights, cohort, steering, seed=seed, site=f"{site}/own", round_=round_).update
+        return {name: weights[name] + update[name] for name in update}
+
+    def _train(
+        self,
+        weights: Weights,
+        cohort: PatientSource,
+        steering: Steering,
+        *,
+        seed: int,
+        site: str,
+        round_: int,
+        on_progress: OnSteps | None = None,
+    ) -> Trained:
         since = time.process_time()
         load_weights(self.network, weights)
         self.network.train()
         torch.manual_seed(derive(seed, site, round_, "torch"))
-        anchors = [p.detach().clone() for p in self.network.parameters()] if self.plan.strategy.proximal_mu else []
         optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
-        n_steps = self._n_steps(len(patients))
+        n_steps = local_steps(self.plan, len(patients))
         losses: list[float] = []
         for epoch in range(self.plan.training.epochs):
             for samples in self._batches(cohort, patients, generator(seed, site, round_, epoch)):
-                losses.append(self._step(optimizer, anchors, samples))
+                losses.append(self._step(optimizer, steering, samples))
                 if on_progress is not None:
                     on_progress(len(losses), n_steps)
         after = weights_of(self.network)
@@ -152,14 +188,15 @@ class Trainer:
         round_: int,
         declared_size: int,
         noise_multiplier: float,
+        correction: Weights | None = None,
         on_progress: OnSteps | None = None,
     ) -> Weights:
         """Train for the plan's private steps from ``weights`` and return new minus old, and nothing else.
 
         The weights after each step are those of a Poisson-subsampled Gaussian mechanism (``privacy``): all
-        ``steps_per_round`` steps are taken, also those in which nobody takes part. Weight decay, the proximal term and
-        the optimiser's state act on the noised gradient. A patient who cannot be read, does not fit into memory one
-        sample at a time, or has a gradient that is not finite gives zero, and the log here says so.
+        ``steps_per_round`` steps are taken, also those in which nobody takes part. Weight decay, the proximal term,
+        a ``correction`` and the optimiser's state act on the noised gradient. A patient who cannot be read, does not fit
+        into memory one sample at a time, or has a gradient that is not finite gives zero, and the log here says so.
 
         Parameters
         ----------
@@ -173,6 +210,8 @@ class Trainer:
             The public number of patients (or images) that the hospital declared.
         noise_multiplier
             Noise over clip: the plan's, or what its epsilon gave for this declared size.
+        correction
+            Added to every noised gradient; it must not depend on patients but through what has left with noise.
         on_progress
             Told (steps done, steps of the round) after each step.
 
@@ -191,13 +230,13 @@ class Trainer:
         mechanism = Mechanism.of(privacy, declared_size=declared_size, noise_multiplier=noise_multiplier)
         load_weights(self.network, weights)
         self.network.train()
-        anchors = [p.detach().clone() for p in self.network.parameters()] if self.plan.strategy.proximal_mu else []
+        steering = self._steering(weights, correction)
         optimizer = build_optimizer(self.plan, self.network, round_)
         with self._gradients(privacy, cohort) as gradients:
             for step in range(privacy.steps_per_round):
                 total = PatientSum(mechanism, sum(p.numel() for p in self.network.parameters()), self.device)
                 gradients.add_to(total, chosen(len(gradients), mechanism, self.randomness), self.randomness.secret())
-                self._private_step(optimizer, anchors, total.noised(self.randomness))
+                self._private_step(optimizer, steering, total.noised(self.randomness))
                 if on_progress is not None:
                     on_progress(step + 1, privacy.steps_per_round)
         after = weights_of(self.network)
@@ -224,7 +263,11 @@ class Trainer:
         with torch.inference_mode(), self._precision():
             return self.task.predict(self.network, volume, self.device)
 
-    def _step(self, optimizer: torch.optim.Optimizer, anchors: list[Tensor], samples: list[Sample]) -> float:
+    def _steering(self, weights: Weights, correction: Weights | None) -> Steering:
+        strength = self.plan.strategy.proximal_mu or 0.0
+        return Steering(self.network, towards=weights, strength=strength, correction=correction or {})
+
+    def _step(self, optimizer: torch.optim.Optimizer, steering: Steering, samples: list[Sample]) -> float:
         image = torch.from_numpy(np.stack([s.image for s in samples])).to(self.device)
         target = torch.from_numpy(np.stack([s.target for s in samples])).to(self.device)
         optimizer.zero_grad(set_to_none=True)
@@ -232,21 +275,17 @@ class Trainer:
             output = self.network(image)
         loss = self.task.loss(output.float(), target)
         loss.backward()  # type: ignore[no-untyped-call]
-        for parameter, anchor in zip(self.network.parameters(), anchors, strict=False):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=self.plan.strategy.proximal_mu or 0.0)
+        steering.act()
         optimizer.step()
         return float(loss.detach())
 
-    def _private_step(self, optimizer: torch.optim.Optimizer, anchors: list[Tensor], noised: Tensor) -> None:
+    def _private_step(self, optimizer: torch.optim.Optimizer, steering: Steering, noised: Tensor) -> None:
         """One step of the optimiser on a noised gradient ``(d,)``; what else acts on the weights acts after the noise."""
         parameters = list(self.network.parameters())
         parts = torch.split(noised.to(parameters[0]), [p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        for parameter, anchor in zip(parameters, anchors, strict=False):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - anchor, alpha=self.plan.strategy.proximal_mu or 0.0)
+        steering.act()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -274,11 +313,6 @@ class Trainer:
         size = self.plan.training.batch_size
         for start in range(0, len(visits), size):
             yield [self._draw(cohort, patients[i], rng) for i in visits[start : start + size]]
-
-    def _n_steps(self, n_patients: int) -> int:
-        """Steps of one round."""
-        training = self.plan.training
-        return training.epochs * math.ceil(n_patients * training.samples_per_patient / training.batch_size)
 
     def _draw(self, cohort: PatientSource, patient: Patient, rng: np.random.Generator) -> Sample:
         study = patient.studies[int(rng.integers(len(patient.studies)))]
@@ -407,18 +441,10 @@ def build_optimizer(plan: Plan, network: torch.nn.Module, round_: int) -> torch.
         case "adamw":
             return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay)
         case "sgd":
-            return torch.optim.SGD(network.parameters(), lr=rate, weight_decay=decay)
-
-
-def learning_rate(plan: Plan, round_: int) -> float:
-    """The learning rate of a round; constant within it.
-
-    With ``schedule = "cosine"`` it falls along half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, without
-    restarts) from the plan's value in round 1 to almost nothing in the last.
-    """
-    if plan.training.schedule == "constant":
-        return plan.training.learning_rate
-    return plan.training.learning_rate * 0.5 * (1 + math.cos(math.pi * (round_ - 1) / plan.rounds))
+            momentum = plan.training.momentum or 0.0
+            return torch.optim.SGD(
+                network.parameters(), lr=rate, momentum=momentum, nesterov=momentum > 0, weight_decay=decay
+            )
 
 
 def choose_device(wanted: str) -> str:

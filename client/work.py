@@ -15,8 +15,10 @@ import torch
 
 from client.gate import Release
 from client.ledger import Reservation
+from client.own import OwnState
 from client.policy import Cost
 from client.privacy import Mechanism, PatientSum, patient_seed
+from client.side import side_of
 from client.training import OnSteps, Patient, PatientSource, Split, Trainer
 from shared_models.messages import Ask
 from shared_models.noised import NoisedMeans
@@ -27,19 +29,35 @@ log = logging.getLogger(__name__)
 
 
 def exact_releases(
-    trainer: Trainer, cohort: PatientSource, ask: Ask, *, site: str, on_progress: OnSteps | None = None
+    trainer: Trainer,
+    cohort: PatientSource,
+    ask: Ask,
+    *,
+    site: str,
+    own: OwnState,
+    on_progress: OnSteps | None = None,
 ) -> list[Release]:
     """Everything a question asks for, as it is: for plans without ``[privacy]``."""
-    measured = trainer.measure(ask.weights, cohort, "test" if ask.question.kind == "test" else "validation")
+    side = side_of(trainer, ask, own.before(ask.question), site)
+    measured = trainer.measure(side.weights, cohort, "test" if ask.question.kind == "test" else "validation")
     metrics = trainer.task.summary(list(measured.values()))
     counts = {"measured": len(measured)}
     if ask.question.kind != "train":
+        metrics |= side.own_metrics(cohort) if ask.question.kind == "test" else {}
         return [Release("metric", metrics), Release("count", counts)]
     trained = trainer.train(
-        ask.weights, cohort, seed=ask.seed, site=site, round_=ask.question.round, on_progress=on_progress
+        side.weights,
+        cohort,
+        seed=ask.seed,
+        site=site,
+        round_=ask.question.round,
+        correction=side.correction,
+        on_progress=on_progress,
     )
+    if kept := side.kept(trained.update, cohort, trained.n_patients):
+        own.keep(ask.question, kept)
     return [
-        Release("update", trained.update),
+        Release("update", side.leaving(trained.update)),
         Release("metric", metrics | {"training_loss": trained.loss}),
         Release("count", counts | {"trained": trained.n_patients}),
     ]
@@ -50,6 +68,8 @@ def noised_releases(
     cohort: PatientSource,
     ask: Ask,
     *,
+    site: str,
+    own: OwnState,
     cost: Cost,
     reservation: Reservation | None,
     on_progress: OnSteps | None = None,
@@ -58,6 +78,10 @@ def noised_releases(
 
     Parameters
     ----------
+    site
+        Its name.
+    own
+        What it keeps of the run for itself.
     cost
         Of the plan here.
     reservation
@@ -66,25 +90,29 @@ def noised_releases(
     if reservation is None:
         return []
     question = ask.question
+    side = side_of(trainer, ask, own.before(question), site)
     price = {"epsilon": reservation.epsilon, "delta": cost.delta, "declared_size": cost.declared_size}
     if cost.image_epsilon is not None:
         price["image_epsilon"] = cost.image_epsilon
     releases = [Release("cost", price)]
     if question.kind == "test":
-        metrics = noised_metrics(trainer, ask.weights, cohort, "test", cost.declared_size)
+        metrics = noised_metrics(trainer, side.weights, cohort, "test", cost.declared_size)
         return [*releases, Release("metric", metrics, is_noised=True)]
     if cost.has_metrics(question.round):
-        metrics = noised_metrics(trainer, ask.weights, cohort, "validation", cost.declared_size)
+        metrics = noised_metrics(trainer, side.weights, cohort, "validation", cost.declared_size)
         releases.append(Release("metric", metrics, is_noised=True))
     update = trainer.train_private(
-        ask.weights,
+        side.weights,
         cohort,
         round_=question.round,
         declared_size=cost.declared_size,
         noise_multiplier=cost.noise_multiplier,
+        correction=side.correction,
         on_progress=on_progress,
     )
-    return [*releases, Release("update", update, is_noised=True)]
+    if kept := side.kept(update, cohort, 0):
+        own.keep(question, kept)
+    return [*releases, Release("update", side.leaving(update), is_noised=True)]
 
 
 def noised_metrics(

@@ -39,15 +39,26 @@ done
 program=/opt/federad
 root=${DESTDIR:-}
 
+alone() { # whoever works at the operator's machine can reach Flower's Control API there
+    case $role in site) other=server ;; server) other=site ;; esac
+    if [ -e "/usr/local/bin/federad-$other" ]; then
+        echo "This machine is a $other already, and a $role needs one of its own: docs/operator.md says why" >&2
+        exit 1
+    fi
+}
+
 packages() { # Debian's, where they are missing
-    needed=''
+    needed='' nginx=''
     python3 -c 'import ensurepip' 2>/dev/null || needed='python3 python3-venv'
-    [ "$role" = site ] || [ -x /usr/sbin/nginx ] || needed="$needed nginx-light"
-    if [ -n "$needed" ]; then
+    case $role in
+    site) command -v setfacl >/dev/null || needed="$needed acl" ;; # with which the images are opened to the station
+    server) [ -x /usr/sbin/nginx ] || nginx='nginx-light' ;;
+    esac
+    if [ -n "$needed$nginx" ]; then
         apt-get update
         # shellcheck disable=SC2086  # a list of words
-        apt-get install --yes --no-install-recommends $needed
-        [ "$role" = site ] || systemctl disable --now nginx # federad starts its own
+        apt-get install --yes --no-install-recommends $needed $nginx
+        [ -z "$nginx" ] || systemctl disable --now nginx # federad starts its own
     fi
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'Python 3.11 or newer is needed' >&2; exit 1; }
 }
@@ -88,17 +99,21 @@ settings() { # services, and the command for the administrator
             "$here/systemd/$unit.service" >"$root/etc/systemd/system/$unit.service"
     done
     command=$root/usr/local/bin/federad-$role
-    case $role in
-    site) printf '#!/bin/sh\nFEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" >"$command" ;;
-    server) # as the account that the folder belongs to
-        printf '#!/bin/sh\nexec setpriv --reuid=federad --regid=federad --init-groups \\\n    env HOME=%s FEDERAD_SERVER=%s %s/bin/federad-server "$@"\n' \
-            "$folder" "$folder" "$program" >"$command" ;;
-    esac
+    {
+        printf '#!/bin/sh\nexport FEDERAD_TYPED="sudo federad-%s" FEDERAD_START="sudo systemctl enable --now %s"\n' "$role" "$units"
+        case $role in
+        site) printf 'FEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" ;;
+        server) # as the account that the folder belongs to
+            printf 'exec setpriv --reuid=federad --regid=federad --init-groups \\\n'
+            printf '    env HOME=%s FEDERAD_SERVER=%s %s/bin/federad-server "$@"\n' "$folder" "$folder" "$program" ;;
+        esac
+    } >"$command"
     chmod 755 "$command"
 }
 
 if [ -z "$root" ]; then
     [ "$(id -u)" = 0 ] || { echo 'Run it as root: sudo sh deploy/install.sh ...' >&2; exit 1; }
+    alone
     packages
     accounts
     program

@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from shared_models.commands import typed
 from shared_models.errors import TITLES, FederadError
 
 if TYPE_CHECKING:
@@ -290,6 +291,8 @@ def status(
     console.print(runs_table(told["runs"]))
     if not told["running"]:
         show_next(hint(consortium.folder, "start"))
+    elif not told["sites"]:
+        show_next(hint(consortium.folder, "invite SITE"))
     else:
         show_next(hint(consortium.folder, "run PLAN.toml"), hint(consortium.folder, "watch [RUN]"))
 
@@ -333,7 +336,8 @@ def releases(folder: Dir = None, as_json: AsJson = False) -> None:
     for column in ("release", "run", "issued", "round", "sites", "test"):
         table.add_column(column)
     for card in cards:
-        test = ", ".join(f"{name} {value:.3f}" for name, value in (card.test or {}).items())
+        around = {name: f" ({low:.3f} to {high:.3f})" for name, (low, high) in (card.test_interval or {}).items()}
+        test = ", ".join(f"{name} {value:.3f}{around.get(name, '')}" for name, value in (card.test or {}).items())
         taking_part = sum(site.rounds > 0 for site in card.sites)
         when = card.issued[:16].replace("T", " ")
         table.add_row(card.model_sha256[:12], card.run, when, str(card.released_round), str(taking_part), test)
@@ -423,8 +427,9 @@ def opened(given: Path | None) -> Consortium:
 
 def hint(folder: Path, command: str) -> str:
     """A command as it can be typed here and now."""
-    is_found = find_folder(None).absolute() == folder.absolute()
-    return f"federad-server {command}" + ("" if is_found else f" --dir {shlex.quote(str(folder))}")
+    if find_folder(None).absolute() == folder.absolute():
+        return typed("federad-server", command)
+    return f"federad-server {command} --dir {shlex.quote(str(folder))}"
 
 
 def split_host(text: str) -> tuple[str, int]:

@@ -36,7 +36,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Release
 from shared_models.tasks import OF_WHOLE_STUDIES
-from shared_models.tasks.classification import SHARPNESS
+from shared_models.tasks.classification import SHARPNESS, as_seen
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
 TOLERANCE = 1e-4
@@ -91,7 +91,7 @@ def export_onnx(release: Release, file: Path) -> float:
     """
     _needs("onnx", "onnxscript")
     runtime = _needs("onnxruntime")
-    network, plan = release.network(), release.plan()
+    network, plan = release.network(), as_seen(release.plan())
     with _new(file) as part:
         with _quiet():
             program = torch.onnx.export(
@@ -347,6 +347,8 @@ def network_definition(plan: Plan) -> dict[str, Any]:
 
     It says again what ``shared_models.networks`` builds; the check of the export finds out if the two part ways.
     """
+    if plan.task.views is not None:
+        raise _undescribed(f'views = "{plan.task.views}"')
     if plan.task.network not in _DEFINITIONS:
         raise _undescribed(f'network = "{plan.task.network}"')
     return _DEFINITIONS[plan.task.network](plan)
@@ -479,6 +481,7 @@ def metadata(plan: Plan, card: Card) -> dict[str, Any]:
         "label_classes": ", ".join(f"{i} {label}" for i, label in labels.items()),
         "pred_classes": f"{len(labels)} channels of logits, one for each label",
         "eval_metrics": card.test or {},
+        **({"eval_noise_intervals": card.test_interval} if card.test_interval else {}),
         "intended_use": card.intended_use,
         "limits": list(card.limits),
         "references": ["https://arxiv.org/abs/1505.04597", "https://arxiv.org/abs/1606.06650"],

@@ -82,8 +82,16 @@ class Journal:
             row = db.execute("SELECT text FROM identity").fetchone()
         return RunIdentity(**json.loads(row[0])) if row else None
 
-    def commit(self, round_: int, record: dict[str, Any], weights: Weights, average: Weights | None = None) -> None:
-        """Make a round durable: its weights first, with the average over rounds where there is one, then its record.
+    def commit(
+        self,
+        round_: int,
+        record: dict[str, Any],
+        weights: Weights,
+        average: Weights | None = None,
+        state: Weights | None = None,
+    ) -> None:
+        """Make a round durable: its weights first, with the average over rounds and the strategy's state where there is
+        such a thing, then its record.
 
         Raises
         ------
@@ -93,6 +101,8 @@ class Journal:
         self._keep(self.weights_path(round_), round_, weights)
         if average is not None:
             self._keep(self.average_path(round_), round_, average)
+        if state:
+            self._keep(self.state_path(round_), round_, state)
         self.amend(round_, record)
 
     def _keep(self, path: Path, round_: int, weights: Weights) -> None:
@@ -133,6 +143,10 @@ class Journal:
         """The average over the rounds up to one, which must be the one that its record names."""
         return self._committed(self.average_path(round_), round_, sha256)
 
+    def committed_state(self, round_: int, sha256: str) -> Weights:
+        """What the strategy remembered after a round, which must be what its record names."""
+        return self._committed(self.state_path(round_), round_, sha256)
+
     def _committed(self, path: Path, round_: int, sha256: str) -> Weights:
         """What a round's record names.
 
@@ -161,11 +175,13 @@ class Journal:
         return weights
 
     def keep_only(self, *rounds: int) -> None:
-        """Drop the weights of all rounds but these, and their averages."""
-        kept = {path(round_) for round_ in rounds for path in (self.weights_path, self.average_path)}
-        for path in (*self._folder.glob("round-*.safetensors"), *self._folder.glob("average-*.safetensors")):
-            if path not in kept:
-                path.unlink()
+        """Drop the weights of all rounds but these, with their averages and states."""
+        paths = (self.weights_path, self.average_path, self.state_path)
+        kept = {path(round_) for round_ in rounds for path in paths}
+        for kind in ("round", "average", "state"):
+            for path in self._folder.glob(f"{kind}-*.safetensors"):
+                if path not in kept:
+                    path.unlink()
 
     def weights_path(self, round_: int) -> Path:
         """Where the weights after a round lie."""
@@ -174,6 +190,10 @@ class Journal:
     def average_path(self, round_: int) -> Path:
         """Where the average over the rounds up to one lies, for plans that release it."""
         return self._folder / f"average-{round_:05d}.safetensors"
+
+    def state_path(self, round_: int) -> Path:
+        """Where what a strategy remembered after a round lies, for those that remember something."""
+        return self._folder / f"state-{round_:05d}.safetensors"
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:

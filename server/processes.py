@@ -1,7 +1,8 @@
 """The operator's processes: started, watched, started again, ended together.
 
 Each writes to a log of its own that is kept short. They end with the process that supervises them, even when that one is
-killed (``setpriv --pdeathsig``), so that a new start never meets the leftovers of an old one.
+killed (``setpriv --pdeathsig``), and what a process has started ends with it: workers of an nginx that was killed go on
+answering, and no other nginx could take their port.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Child:
         Where its output goes.
     stop_signal
         What ends it in good order.
+    orphan_signal
+        What it gets when its supervisor dies.
+    outlived
+        Whether what it has started may go on when it is started again; :meth:`stop` ends that, too.
     """
 
     def __init__(
@@ -69,11 +74,12 @@ class Child:
         env: Mapping[str, str] | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
         orphan_signal: signal.Signals = signal.SIGKILL,
+        outlived: bool = False,
     ) -> None:
         self.name = name
         self.log_file = log_file
         self._command, self._env, self._stop_signal = list(command), dict(env or environment()), stop_signal
-        self._guard = _ends_with_parent(orphan_signal)
+        self._guard, self._outlived = _ends_with_parent(orphan_signal), outlived
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self._pause_s = FIRST_PAUSE_S
@@ -113,6 +119,8 @@ class Child:
             return False
         now = time.monotonic()
         if not self._next:
+            if not self._outlived:
+                _end_group(self._process.pid)
             steady = now - self._began >= STEADY_S
             self._pause_s = FIRST_PAUSE_S if steady else min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._next = now + self._pause_s
@@ -129,18 +137,16 @@ class Child:
             self._process.send_signal(number)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End it, by force after ``grace_s`` seconds."""
+        """End it, by force after ``grace_s`` seconds, and whatever it has started."""
         process, self._process = self._process, None
-        if process is None or process.poll() is not None:
+        if process is None:
             return
-        with suppress(ProcessLookupError):
+        if process.poll() is None:
             process.send_signal(self._stop_signal)
-        try:
-            process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace_s)
+        _end_group(process.pid)
+        process.wait()
 
     def last_words(self, n_lines: int = 3) -> str:
         """The end of its log, for a message."""
@@ -161,6 +167,12 @@ def wait_until(is_ready: Callable[[], bool], timeout_s: float, *, unless: Callab
             return False
         time.sleep(0.1)
     return False
+
+
+def _end_group(leader: int) -> None:
+    """End what a process has started and left behind: it leads a group of its own."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _ends_with_parent(number: signal.Signals) -> list[str]:

@@ -106,6 +106,7 @@ class Registry:
             S202 if the folder cannot be written, S203 if these weights cannot be released, M212 to M215 if they are
             released already and that release is not whole any more.
         """
+        from server.results import intervals
         from shared_models.task import task_for
         from shared_models.weights import encode, weights_sha256
 
@@ -128,6 +129,7 @@ class Registry:
             released_round=int(released["round"]),
             rounds=tuple(_card_round(plan, record) for record in records),
             test=_known(plan, sites.mean),
+            test_interval=intervals(plan, sites)[0] or None,
             sites=_card_sites(plan, released, records, sites, cost or {}),
             versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         )
@@ -298,6 +300,9 @@ def _card_sites(
     cost: Mapping[str, Mapping[str, float]],
 ) -> tuple[CardSite, ...]:
     """Every site that took part in the released weights or measured them, by name."""
+    from server.results import intervals
+
+    around = intervals(plan, sites)[1]
     until = [record for record in records if record["round"] <= released["round"]]
     names = (
         {name for record in until for name in record["replied"]}
@@ -311,6 +316,7 @@ def _card_sites(
             rounds=sum(name in record["replied"] for record in until),
             validation=_known(plan, released["per_site"].get(name)),
             test=_known(plan, sites.per_site.get(name)),
+            test_interval=around.get(name) or None,
             test_patients=sites.patients.get(name) if plan.privacy is None else None,
             privacy=SitePrivacy.of(cost[name]) if name in cost else None,
         )
@@ -387,11 +393,15 @@ def page(card: Card) -> str:
         "## What it does not show",
         "\n".join(f"- {limit}" for limit in card.limits),
         "## Test patients",
-        f"Of each site's test patients. {_directions(card.metrics)}",
+        f"Of each site's test patients. {_directions(card.metrics)}"
+        + (" In brackets: where 95 % of the noise around a figure lies." if card.test_interval else ""),
         _table(
             ("site", "patients", "rounds", *names),
-            [(s.name, _shown(s.test_patients), str(s.rounds), *_values(s.test, names)) for s in card.sites]
-            + [("all", str(sum(s.test_patients or 0 for s in card.sites)), "", *_values(card.test, names))],
+            [
+                (s.name, _shown(s.test_patients), str(s.rounds), *_values(s.test, names, s.test_interval))
+                for s in card.sites
+            ]
+            + [("all", _shown(_all_tested(card)), "", *_values(card.test, names, card.test_interval))],
         ),
         "## Validation patients",
         _how_chosen(card),
@@ -428,6 +438,11 @@ def _privacy_part(card: Card) -> list[str]:
 
 def _how_chosen(card: Card) -> str:
     chosen = card.plan["strategy"].get("release", "best")
+    if card.plan["strategy"].get("name") == "fedbn":
+        return (
+            "Each site measured the last round's model with normalisation layers of its own, which stayed there. This file "
+            "has those of the start: for everybody but those sites it is another model."
+        )
     if chosen == "averaged":
         return "The plan releases the average over its rounds; these figures are of the last round's own weights."
     if chosen == "last":
@@ -439,12 +454,25 @@ def _directions(metrics: Mapping[str, bool]) -> str:
     return "; ".join(f"{name}: {'larger' if larger else 'smaller'} is better" for name, larger in metrics.items()) + "."
 
 
-def _values(values: Mapping[str, float] | None, names: Sequence[str]) -> list[str]:
-    return [_shown((values or {}).get(name)) for name in names]
+def _all_tested(card: Card) -> int | None:
+    """How many test patients there are; None where sites keep their number."""
+    counted = [site.test_patients for site in card.sites if site.test_patients is not None]
+    return sum(counted) if counted or card.plan.get("privacy") is None else None
+
+
+def _values(
+    values: Mapping[str, float] | None,
+    names: Sequence[str],
+    around: Mapping[str, tuple[float, float]] | None = None,
+) -> list[str]:
+    """Figures, each with the interval of its noise where it has some."""
+    shown = [_shown((values or {}).get(name)) for name in names]
+    ends = [(around or {}).get(name) for name in names]
+    return [f"{text} ({end[0]:.4g} to {end[1]:.4g})" if end else text for text, end in zip(shown, ends, strict=True)]
 
 
 def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 def _count(n: int, what: str) -> str:

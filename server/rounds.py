@@ -30,9 +30,11 @@ from server.journal import Journal, RunIdentity
 from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
 from shared_models.errors import FederadError
-from shared_models.messages import Answer, Ask, AskKind, Question, decode_answer, encode_ask
+from shared_models.local_layers import staying
+from shared_models.messages import Answer, Ask, AskKind, Question, asked_sha256, decode_answer, encode_ask
 from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, trouble_in, unpack
-from shared_models.plan import Plan
+from shared_models.plan import OF_EACH_SITE, Plan
+from shared_models.schedule import local_steps
 from shared_models.task import task_for
 from shared_models.weights import Weights, averaged, difference, weights_sha256
 
@@ -100,6 +102,9 @@ class RoundRecord:
     average_sha256: str | None = None
     """Of the average over the rounds so far, in plans that release it."""
 
+    state_sha256: str | None = None
+    """Of what the strategy remembers, for those that remember something."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -148,11 +153,11 @@ class Exchange:
     After :meth:`answers` is exhausted, ``replied``, ``refused`` and ``missing`` say what became of each site.
     """
 
-    def __init__(self, rounds: Rounds, question: Question, weights: Weights) -> None:
+    def __init__(self, rounds: Rounds, question: Question, weights: Weights, control: Weights) -> None:
         self._rounds, self._roster, self._grid = rounds, rounds.roster, rounds.grid
         self._question = question
-        self._shapes = {name: array.shape for name, array in weights.items()}
-        self._weights = weights
+        self._shapes = rounds.shapes
+        self._sent = Ask(question, rounds.seed, weights, control)
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[str, int] = {}
         self._deadline = 0.0
@@ -174,7 +179,7 @@ class Exchange:
         """
         self._deadline = time.monotonic() + self._rounds.plan.strategy.deadline_s
         self._n_most = self._roster.n_most()
-        with self._rounds.enclosed(encode_ask(Ask(self._question, self._rounds.seed, self._weights))) as content:
+        with self._rounds.enclosed(encode_ask(self._sent)) as content:
             self._look(content)
             self._rounds.tell("asked", self._question, n_sites=self.n_asked)
             while self._goes_on():
@@ -378,6 +383,8 @@ class Rounds:
         self._on_progress = on_progress
         self._strategy = strategy_for(plan)
         task = task_for(plan)
+        stays = staying(plan, task.build_network()) if plan.strategy.name in OF_EACH_SITE else frozenset()
+        self.shapes = {name: array.shape for name, array in weights.items() if name not in stays}
         self._headline, self._metrics = task.headline, tuple(task.metrics)
         self._records: list[RoundRecord] = []
         self._best: tuple[float, int] = (-np.inf, 0)
@@ -461,26 +468,36 @@ class Rounds:
         self._weights = self._journal.committed_weights(last.round, last.weights_sha256)
         if last.average_sha256 is not None:
             self._average = self._journal.committed_average(last.round, last.average_sha256)
+        if last.state_sha256 is not None:
+            self._strategy.state = self._journal.committed_state(last.round, last.state_sha256)
         for record in self._records[:-1]:  # the last round's weights are validated again, with the next question
             self._note_best(record)
         self._on_progress(Progress("resumed", last.round))
 
     def _train(self, number: int) -> None:
         began = time.monotonic()
-        mean = ExactMean({name: array.shape for name, array in self._weights.items()})
+        mean = ExactMean(self.shapes)
+        per_step = ExactMean(self.shapes) if self._strategy.wants_mean_per_step else None
         losses: dict[str, tuple[float, int]] = {}
-        exchange = self._exchange("train", number, self._weights)
+        exchange = self._exchange("train", number, self._weights, self._strategy.control(self._weights))
         answers: list[Answer] = []
         for answer, norm in exchange.answers():
             weight = self.weight_of(answer)
             mean.add(answer.update, weight, norm)
+            if per_step is not None:
+                n_steps = np.float32(local_steps(self.plan, answer.counts.get("trained", 0)))
+                per_step.add({name: np.asarray(a / n_steps) for name, a in answer.update.items()}, weight, norm)
             if "training_loss" in answer.metrics:
                 losses[answer.site] = (answer.metrics["training_loss"], weight)
             answers.append(_without_update(answer))
             del answer
         self._note_validation(self._measured(answers))
         self._require_minimum(exchange, number)
+        if per_step is not None:
+            share = len(exchange.replied) / (len(exchange.replied) + len(exchange.refused) + len(exchange.missing))
+            self._strategy.learn(per_step.mean(), share=share, round_=number)
         self._weights = self._strategy.step(self._weights, mean.mean())
+        state = self._strategy.state
         if (decay := self.plan.strategy.average_decay) is not None:
             self._average = averaged(self._average, self._weights, number, decay)
         record = RoundRecord(
@@ -493,9 +510,10 @@ class Rounds:
             training_loss=_weighted_mean([losses[site] for site in sorted(losses)]),
             weights_sha256=weights_sha256(self._weights),
             average_sha256=weights_sha256(self._average) if self._average is not None else None,
+            state_sha256=weights_sha256(state) if state else None,
         )
         self._records.append(record)
-        self._journal.commit(number, asdict(record), self._weights, self._average)
+        self._journal.commit(number, asdict(record), self._weights, self._average, state)
         self._journal.keep_only(number, number - 1, self._best[1])
         self._on_progress(Progress("committed", number))
 
@@ -508,10 +526,10 @@ class Rounds:
             self._cost |= {answer.site: dict(answer.cost) for answer in answers if answer.cost}
         return _measured(answers)
 
-    def _exchange(self, kind: AskKind, number: int, weights: Weights) -> Exchange:
-        known = weights is self._weights and self._records and self._records[-1].weights_sha256
-        sha256 = known or weights_sha256(weights)
-        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, sha256), weights)
+    def _exchange(self, kind: AskKind, number: int, weights: Weights, control: Weights | None = None) -> Exchange:
+        known = weights is self._weights and not control and self._records and self._records[-1].weights_sha256
+        sha256 = known or asked_sha256(weights, control or {})
+        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, sha256), weights, control or {})
 
     def _note_validation(self, measured: Measured) -> None:
         """Write down what the sites measured of the newest round's weights."""

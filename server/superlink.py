@@ -152,7 +152,7 @@ class SuperLink:
         logs = self._folder / "logs"
         return [
             Child("SuperLink", superlink, log_file=logs / "superlink.log", env=env),
-            Child("SuperExec", superexec, log_file=logs / "superexec.log", env=env),
+            Child("SuperExec", superexec, log_file=logs / "superexec.log", env=env, outlived=True),
         ]
 
     def is_healthy(self) -> bool:

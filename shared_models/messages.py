@@ -55,6 +55,7 @@ class Question:
     kind: AskKind
     plan_sha256: str
     weights_sha256: str
+    """Of everything that came with it: :func:`asked_sha256`."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Ask:
     """Seed of the run, from which sites derive their own (never used for privacy)."""
 
     weights: Weights
+    control: Weights = field(default_factory=dict)
+    """The server's control variate, named like the weights, for the strategy that has one."""
 
 
 COST = frozenset({"epsilon", "delta", "declared_size"})
@@ -95,9 +98,19 @@ class Answer:
     from; also ``image_epsilon``, of the whole run, if the plan's unit is one image. Arithmetic on public numbers."""
 
 
+CONTROL = "control:"
+"""Before the name of each array of a control variate; no parameter's name has a colon."""
+
+
+def asked_sha256(weights: Weights, control: Weights) -> str:
+    """SHA-256 of all arrays of a question, 64 hex digits; that of the weights where there is nothing else."""
+    return weights_sha256(_together(weights, control))
+
+
 def encode_ask(ask: Ask) -> bytes:
     """The bytes of a question."""
-    return encode(ask.weights, json.dumps({**asdict(ask.question), "seed": ask.seed}, sort_keys=True))
+    header = json.dumps({**asdict(ask.question), "seed": ask.seed}, sort_keys=True)
+    return encode(_together(ask.weights, ask.control), header)
 
 
 def decode_ask(data: bytes) -> Ask:
@@ -108,13 +121,18 @@ def decode_ask(data: bytes) -> Ask:
     FederadError
         M211 if the bytes are not a whole and consistent question.
     """
-    weights, text = decode(data)
+    arrays, text = decode(data)
     header = _header(text, Question.__annotations__.keys() | {"seed"})
     seed = header.pop("seed")
     question = _question(header)
-    if not _is_int(seed) or question.weights_sha256 != weights_sha256(weights):
+    if not _is_int(seed) or question.weights_sha256 != weights_sha256(arrays):
         raise _unreadable("the weights are not the ones it names")
-    return Ask(question, seed, weights)
+    control = {name.removeprefix(CONTROL): array for name, array in arrays.items() if name.startswith(CONTROL)}
+    return Ask(question, seed, {name: a for name, a in arrays.items() if not name.startswith(CONTROL)}, control)
+
+
+def _together(weights: Weights, control: Weights) -> Weights:
+    return weights | {CONTROL + name: array for name, array in control.items()}
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -154,6 +172,8 @@ def decode_answer(data: bytes) -> Answer:
         raise _unreadable("a cost is not a finite number")
     if cost and not COST <= cost.keys() <= COST | {"image_epsilon"}:
         raise _unreadable("a cost lacks one of its figures, or has another")
+    if cost and (min(cost.values()) < 0 or not 1 <= cost["declared_size"] < 2**31):
+        raise _unreadable("a cost is none that can be")
     return Answer(site, question, refusal, update, metrics, counts, cost)
 
 

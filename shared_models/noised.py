@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 from shared_models.task import Task
 
+WITHIN = 1.96
+"""Standard deviations of noise between which 95 % of it lie."""
+
 
 @dataclass(frozen=True)
 class NoisedMeans:
@@ -58,6 +61,10 @@ class NoisedMeans:
         scaled = self.noise_multiplier * self.clip / self.n_patients
         return {name: scaled * (high - low) for name, (low, high) in self.ranges.items()}
 
+    def interval(self, name: str, value: float) -> tuple[float, float]:
+        """Where 95 % of the noise around a mean of this release lies, within the metric's range."""
+        return within(self.ranges[name], value, self.deviations[name])
+
     def vector(self, metrics: Mapping[str, float]) -> NDArray[np.float64]:
         """One patient's metrics, ``(metric,)``, centred, of norm at most :attr:`clip`."""
         values = []
@@ -72,3 +79,35 @@ class NoisedMeans:
             name: min(max(low + (float(value) + 0.5) * (high - low), low), high)
             for (name, (low, high)), value in zip(self.ranges.items(), noised, strict=True)
         }
+
+
+def within(bounds: tuple[float, float], value: float, deviation: float) -> tuple[float, float]:
+    """Where 95 % of the noise around ``value`` lies, cut at ``bounds``: of the noise alone, not of patients' spread."""
+    low, high = bounds
+    return max(low, value - WITHIN * deviation), min(high, value + WITHIN * deviation)
+
+
+def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
+    """Epsilon at ``delta`` of one noised sum over all patients, such as one release of metrics.
+
+    Exact for the Gaussian mechanism by itself (Balle and Wang 2018, arXiv:1805.06530, theorem 8), by bisection; what a
+    whole run costs is for an accountant to say.
+    """
+
+    def delta_at(epsilon: float) -> float:
+        aside, along = 1 / (2 * noise_multiplier), epsilon * noise_multiplier
+        beyond = _upper_tail(aside + along)
+        return _upper_tail(along - aside) - (math.exp(epsilon + math.log(beyond)) if beyond > 0 else 0.0)
+
+    low, high = 0.0, 1.0
+    while delta_at(high) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if delta_at(middle) > delta else (low, middle)
+    return high
+
+
+def _upper_tail(x: float) -> float:
+    """Probability that a standard Gaussian lies above ``x``."""
+    return math.erfc(x / math.sqrt(2)) / 2

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from shared_models.configuration import divisors
 from shared_models.errors import FederadError
-from shared_models.networks import NETWORKS, NETWORKS_FOR
+from shared_models.networks import NETWORKS, NETWORKS_FOR, WITH_NORMS
 from shared_models.registry import one_of
 from shared_models.tasks import OF_WHOLE_STUDIES, TASKS
 
@@ -30,12 +31,28 @@ WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per
 
 READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "label_attribute"): ("classification",),
-    ("task", "residual_units"): ("unet", "resnet"),
+    ("task", "residual_units"): ("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
     ("task", "sharpness"): ("classification",),
+    ("task", "target"): ("classification",),
+    ("task", "views"): ("classification",),
     ("training", "foreground"): ("segmentation",),
-    ("training", "class_weights"): ("classification",),
+    ("training", "loss"): ("segmentation",),
+    ("training", "class_weights"): ("segmentation", "classification"),
 }
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
+
+KEYS_OF_STRATEGY: dict[str, tuple[tuple[str, ...], float | None]] = {
+    "proximal_mu": (("fedprox",), 0.01),
+    "server_learning_rate": (("fedadam", "fedyogi"), 0.01),
+    "beta_1": (("fedadam", "fedyogi"), None),
+    "beta_2": (("fedadam", "fedyogi"), None),
+    "tau": (("fedadam", "fedyogi"), None),
+    "personal_pull": (("ditto",), 0.1),
+}
+"""Keys of ``[strategy]`` that some names alone read, and an example where such a name cannot do without the key."""
+
+OF_EACH_SITE = frozenset({"fedbn", "ditto"})
+"""Strategies whose models differ between sites."""
 
 Dimensions = Literal[2, 3]
 
@@ -50,6 +67,10 @@ class _ContradictionError(ValueError):
 
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " and ".join(f'"{name}"' for name in names)
 
 
 class TaskTable(_Table):
@@ -79,12 +100,25 @@ class TaskTable(_Table):
         le=100,
         description="of the pooling of class maps: near 0 for the mean, 100 for nearly the maximum; leave it out for 1",
     )
+    target: Literal["nominal", "ordinal"] | None = Field(
+        default=None, description='"ordinal" where the labels are in order, such as grades; leave it out for "nominal"'
+    )
+    views: Literal["orthogonal"] | None = Field(
+        default=None,
+        description='"orthogonal": a 2-D network sees planes along each axis of a volume; leave it out for slices (2-D) or '
+        "volumes (3-D)",
+    )
     label_attribute: str | None = Field(
         default=None,
         pattern=r"^[A-Z][A-Za-z]{0,62}$",
         description='keyword of the DICOM attribute that holds the label, such as "BodyPartExamined"; leave it out to '
         "take labels from labels.csv or from folders",
     )
+
+    @property
+    def named_labels(self) -> tuple[str, ...]:
+        """What a person would say is learned: all labels, but for the background of what is drawn."""
+        return self.labels if self.kind in OF_WHOLE_STUDIES else self.labels[1:]
 
 
 class SplitTable(_Table):
@@ -145,6 +179,10 @@ class TrainingTable(_Table):
     foreground: float = Field(
         default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1"
     )
+    loss: Literal["dice-ce", "dice", "binary-dice", "cross-entropy", "focal"] | None = Field(
+        default=None,
+        description='"dice", "binary-dice" for two labels, "cross-entropy", "focal", or leave it out for "dice-ce"',
+    )
     class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
         default=None,
         description="weight of each label in the loss, in the order of task.labels; leave it out for 1 each",
@@ -155,16 +193,34 @@ class TrainingTable(_Table):
     schedule: Literal["constant", "cosine"] = Field(
         default="constant", description='"constant", or "cosine": from learning_rate down to nearly 0 over the rounds'
     )
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, description='Nesterov momentum within a round, for "sgd" only (0.9 is usual)'
+    )
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="weight decay, 0 or more")
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description='"float32", or "bfloat16" for mixed precision where the device supports it'
     )
 
+    @model_validator(mode="after")
+    def _momentum(self) -> Self:
+        if self.momentum is not None and self.optimizer != "sgd":
+            raise _ContradictionError(
+                "training.momentum",
+                f'optimizer = "{self.optimizer}" with momentum = {self.momentum:g}',
+                "Adam and AdamW keep averages of their own, so the key would be ignored.",
+                'set optimizer = "sgd" or remove momentum',
+            )
+        return self
+
 
 class StrategyTable(_Table):
     """How rounds are run and updates combined."""
 
-    name: Literal["fedavg", "fedprox"] = Field(default="fedavg", description='"fedavg" or "fedprox"')
+    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "scaffold", "fedbn", "ditto"] = Field(
+        default="fedavg",
+        description='"fedavg", "fedprox", "fedadam", "fedyogi", "scaffold", or one whose models differ between sites: '
+        '"fedbn", "ditto"',
+    )
     minimum_sites: int = Field(default=2, ge=1, le=10_000, description="a round with fewer good replies pauses the run")
     deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86_400, description="seconds a round waits for its sites")
     proximal_mu: float | None = Field(
@@ -172,6 +228,24 @@ class StrategyTable(_Table):
         ge=0,
         le=1000,
         description='weight of the proximal term, for "fedprox" only (0.001 to 1 in the paper)',
+    )
+    server_learning_rate: float | None = Field(
+        default=None, gt=0, le=10, description='step size of the server, for "fedadam" and "fedyogi" only, such as 0.01'
+    )
+    beta_1: float | None = Field(
+        default=None, ge=0, lt=1, description='decay of the server\'s mean update, for "fedadam" and "fedyogi"; 0.9'
+    )
+    beta_2: float | None = Field(
+        default=None, ge=0, lt=1, description='decay of its mean square, for "fedadam" and "fedyogi"; 0.99'
+    )
+    tau: float | None = Field(
+        default=None, gt=0, le=1, description='smallest divisor of a step, for "fedadam" and "fedyogi"; 0.001'
+    )
+    personal_pull: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description='pull of a site\'s own model to the shared one, for "ditto" only (0.05 to 2 in the paper)',
     )
     release: Literal["best", "last", "averaged"] = Field(
         default="best",
@@ -226,20 +300,33 @@ class StrategyTable(_Table):
         return self
 
     @model_validator(mode="after")
-    def _proximal_term(self) -> Self:
-        if self.name == "fedprox" and self.proximal_mu is None:
+    def _keys_of_name(self) -> Self:
+        for key, (names, example) in KEYS_OF_STRATEGY.items():
+            value = getattr(self, key)
+            if value is not None and self.name not in names:
+                raise _ContradictionError(
+                    f"strategy.{key}",
+                    f'name = "{self.name}" with {key} = {value:g}',
+                    f"{_quoted(names)} alone {'have' if len(names) > 1 else 'has'} such a number, so it would be ignored.",
+                    f'set name = "{names[0]}" or remove {key}',
+                )
+            if value is None and self.name in names and example is not None:
+                raise _ContradictionError(
+                    f"strategy.{key}",
+                    f'name = "{self.name}" without {key}',
+                    "It is what this strategy is about, and no value of it is right for everyone.",
+                    f"add {key} = {example:g} under [strategy]",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _last_of_each_site(self) -> Self:
+        if self.name in OF_EACH_SITE and self.release != "last":
             raise _ContradictionError(
-                "strategy.proximal_mu",
-                'name = "fedprox" without proximal_mu',
-                "FedProx is FedAvg plus a proximal term, and its weight has no sensible default.",
-                "add proximal_mu = 0.01 under [strategy]",
-            )
-        if self.name == "fedavg" and self.proximal_mu is not None:
-            raise _ContradictionError(
-                "strategy.proximal_mu",
-                f'name = "fedavg" with proximal_mu = {self.proximal_mu:g}',
-                "FedAvg has no proximal term, so the key would be ignored.",
-                'set name = "fedprox" or remove proximal_mu',
+                "strategy.release",
+                f'name = "{self.name}" with release = "{self.release}"',
+                "A part of each site's model stays at the site, which keeps the last one and no other.",
+                'set release = "last" under [strategy]',
             )
         return self
 
@@ -396,6 +483,31 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        if self.strategy.name == "scaffold" and self.training.optimizer != "sgd":
+            raise _ContradictionError(
+                "training.optimizer",
+                f'optimizer = "{self.training.optimizer}" with name = "scaffold"',
+                "A site's control variate is its mean gradient, read off how far its steps went: those of SGD alone tell.",
+                'set optimizer = "sgd" under [training]',
+            )
+        if self.strategy.name == "scaffold" and self.training.momentum:
+            raise _ContradictionError(
+                "training.momentum",
+                f'momentum = {self.training.momentum:g} with name = "scaffold"',
+                "A site's control variate is its mean gradient, read off how far its steps went: momentum lengthens them.",
+                "remove momentum",
+            )
+        if self.strategy.name == "fedbn" and self.task.network not in WITH_NORMS:
+            raise _ContradictionError(
+                "strategy.name",
+                f'name = "fedbn" with network = "{self.task.network}"',
+                "FedBN keeps normalisation layers at the site, and this network has none.",
+                f"choose a network from: {', '.join(sorted(WITH_NORMS))}, or another strategy",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _axes_agree(self) -> Self:
         n_axes = self.data.dimensions
         for key, value in (("patch", self.data.patch), ("spacing_mm", self.data.spacing_mm)):
@@ -410,21 +522,66 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:
-        factor = 2 ** (len(self.task.channels) - 1)
-        if any(side % factor for side in self.data.patch):
+        n_depths, patch = len(self.task.channels), self.data.patch
+        factors: tuple[int, ...] = (2 ** (n_depths - 1),) * len(patch)
+        if self.task.network == "dynunet":
+            factors = divisors(patch, self.data.spacing_mm, n_depths)
+        if any(side % factor for side, factor in zip(patch, factors, strict=True)):
             raise _ContradictionError(
                 "data.patch",
-                f"patch = {list(self.data.patch)}, and a network of {len(self.task.channels)} depths halves it "
-                f"{len(self.task.channels) - 1} times",
+                f"patch = {list(patch)}, and a network of {n_depths} depths halves it {n_depths - 1} times",
                 "A side that cannot be halved that often does not come back at the same size.",
-                f"use multiples of {factor}, or fewer numbers in task.channels",
+                f"use multiples of {factors[0]}, or fewer numbers in task.channels",
             )
-        if all(side == factor for side in self.data.patch):
+        if patch == factors:
             raise _ContradictionError(
                 "data.patch",
-                f"patch = {list(self.data.patch)} is a single point at the network's depth {len(self.task.channels)}",
+                f"patch = {list(patch)} is a single point at the network's depth {n_depths}",
                 "Normalising a single point leaves nothing of it.",
-                f"use at least {2 * factor} along one axis, or fewer numbers in task.channels",
+                f"use at least {2 * factors[0]} along one axis, or fewer numbers in task.channels",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _views_are_of_cubes(self) -> Self:
+        if self.task.views is not None and (self.data.dimensions == 2 or len(set(self.data.patch)) > 1):
+            raise _ContradictionError(
+                "task.views",
+                f"views with dimensions = {self.data.dimensions} and patch = {list(self.data.patch)}",
+                "Planes along all axes go through one network, so they have one size.",
+                "set dimensions = 3 under [data], and a patch whose sides are the same",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _channels_double(self) -> Self:
+        first = self.task.channels[0]
+        doubled = tuple(first * 2**depth for depth in range(len(self.task.channels)))
+        if self.task.network == "segresnet" and self.task.channels != doubled:
+            raise _ContradictionError(
+                "task.channels",
+                f'channels = {list(self.task.channels)} with network = "segresnet"',
+                "This network doubles its features from depth to depth.",
+                f"set channels = {list(doubled)} under [task]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_labels(self) -> Self:
+        loss = self.training.loss
+        if loss == "binary-dice" and len(self.task.labels) != 2:
+            raise _ContradictionError(
+                "training.loss",
+                f'loss = "binary-dice" with {len(self.task.labels)} labels',
+                "It sets one label against the background.",
+                'use two labels, or loss = "dice"',
+            )
+        if loss in {"dice", "binary-dice"} and self.training.class_weights is not None:
+            raise _ContradictionError(
+                "training.class_weights",
+                f'class_weights with loss = "{loss}"',
+                "Soft Dice has no such weights, so the key would be ignored.",
+                'remove class_weights, or set loss = "dice-ce"',
             )
         return self
 
@@ -523,7 +680,10 @@ class Plan(_Table):
                 "P100",
                 happened=f"The plan {path} cannot be read ({type(error).__name__}).",
                 because="Everything a run does is written there.",
-                remedies=("check the path and that the file is text", "example plans lie in simulation/plans"),
+                remedies=(
+                    "check the path and that the file is text; a service reads it under its own account",
+                    "example plans lie in simulation/plans",
+                ),
             ) from None
         return cls.from_toml(text, name=str(path))
 
@@ -556,19 +716,22 @@ class Plan(_Table):
                     remedies=(f"remove [{table}] to run without it", "or wait for a release whose CHANGELOG names it"),
                 )
         try:
-            return cls.model_validate_json(json.dumps(_as_private(tables, name), default=_not_json))
+            return cls.model_validate_json(json.dumps(_completed(tables, name), default=_not_json))
         except ValidationError as error:
             raise _as_federad_error(cls, error, name) from None
 
 
-def _as_private(tables: dict[str, Any], name: str) -> dict[str, Any]:
-    """The tables as ``[privacy]`` wants them: without its opposites, and releasing the last model unless they say so.
+def _completed(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    """The tables without opposites of ``[privacy]``; the last model is released where no other can be and none is named.
 
     The check is on what was written, since a validated plan holds the default of every key.
     """
     training, strategy = tables.get("training", {}), tables.get("strategy", {})
-    if "privacy" not in tables or not isinstance(training, dict) or not isinstance(strategy, dict):
+    if not isinstance(training, dict) or not isinstance(strategy, dict):
         return tables
+    if "privacy" not in tables:
+        is_of_each = strategy.get("name") in OF_EACH_SITE if isinstance(strategy.get("name"), str) else False
+        return {**tables, "strategy": {"release": "last", **strategy}} if is_of_each else tables
     for key, instead in WITHOUT_PRIVACY_ONLY.items():
         if key in training:
             raise FederadError(

@@ -133,6 +133,9 @@ class CardSite(Document):
     test: dict[str, float] | None = None
     """Means over its test patients, who were used for nothing else."""
 
+    test_interval: dict[str, tuple[float, float]] | None = None
+    """Where 95 % of the noise around each of these means lies; null where they are exact."""
+
     test_patients: int | None = None
     """How many they are; null under ``[privacy]``, where the number stays at the site."""
 
@@ -168,7 +171,10 @@ class Card(Document):
     released_round: int
     rounds: tuple[CardRound, ...]
     test: dict[str, float] | None
-    """Means over sites, weighted by their numbers of test patients."""
+    """Means over sites, weighted by their numbers of test patients, or under ``[privacy]`` by the sizes they declared."""
+
+    test_interval: dict[str, tuple[float, float]] | None = None
+    """Where 95 % of the noise around each of these means lies; null where they are exact."""
 
     sites: tuple[CardSite, ...]
     versions: dict[str, str]

@@ -2,30 +2,44 @@
 
 All start from the same weights, take as many passes over as many patients with the same loop, and keep the best round by
 validation or the last, as the plan says for the federation. Only where the data lies differs.
+
+Under ``[privacy]``, where all of this is for emulated hospitals only, a hospital's own model takes the steps that the
+hospital took in the federation, with the same noise: alone, at the same epsilon. The central model takes the same clipped
+steps over everybody's patients, as many of them in each as all hospitals draw together, without noise: the reference that
+shows what noise and distance cost, and protects nobody. The clip stays, since the plan's learning rate belongs to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data.cohort import Cohort, Patient
+from client.own import OwnState
+from client.privacy import SystemRandomness
 from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
-from shared_models.plan import Plan
+from shared_models.local_layers import staying
+from shared_models.messages import Question
+from shared_models.plan import OF_EACH_SITE, Plan
+from shared_models.seeds import derive
 from shared_models.start import first_weights
-from shared_models.task import Picture
+from shared_models.task import Picture, Task
 from shared_models.volume import Volume
 from shared_models.weights import Weights, averaged, decode, encode
 from simulation.processes import process_pool
-from simulation.stations import SiteFolder, cohort_of
+from simulation.stations import SiteFolder, cohort_of, open_station
 
 DEVICE = "auto"
+
+N_RESAMPLES = 1000
+"""Sets of patients that are drawn for an interval."""
 
 
 class PooledCohort:
@@ -50,6 +64,63 @@ class PooledCohort:
         return self._home[study].volume(study)
 
 
+class NoNoise(SystemRandomness):
+    """The operating system's coins, and zero for noise: what is trained with it has no privacy at all."""
+
+    def gaussian(self, n: int, sigma: float) -> NDArray[np.int64]:
+        """``n`` zeros."""
+        return np.zeros(n, np.int64)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """One way to take a round's steps: (weights, cohort, round, name of who trains) to the update."""
+
+    trainer: Trainer
+    declared_size: int = 0
+    """Under ``[privacy]``: the public number of patients that steps draw from."""
+
+    noise_multiplier: float = 0.0
+    """Under ``[privacy]``: the noise, or only the unit of the sum's grid where there is none (:class:`NoNoise`)."""
+
+    @classmethod
+    def of(cls, plan: Plan, home: Sequence[SiteFolder]) -> Self:
+        """How the models of one hospital, or of all in one place, are trained.
+
+        Raises
+        ------
+        ValueError
+            Under ``[privacy]``, if a simulation did not write one of these sites' images.
+        """
+        if plan.privacy is None:
+            return cls(resident_trainer(plan, DEVICE))
+        _require_emulated(home)
+        costs = [cost for site in home if (cost := open_station(site.station).cost(plan)) is not None]
+        if len(home) == 1:
+            return cls(resident_trainer(plan, DEVICE), costs[0].declared_size, costs[0].noise_multiplier)
+        together = plan.privacy.model_copy(
+            update={
+                "patients_per_step": len(home) * plan.privacy.patients_per_step,
+                "epsilon": None,
+                "noise_multiplier": max(cost.noise_multiplier for cost in costs),
+            }
+        )
+        trainer = Trainer(plan.model_copy(update={"privacy": together}), DEVICE, randomness=NoNoise())
+        return cls(trainer, sum(cost.declared_size for cost in costs), max(cost.noise_multiplier for cost in costs))
+
+    def update(self, weights: Weights, cohort: Cohort | PooledCohort, *, round_: int, seed: int, name: str) -> Weights:
+        """New minus old weights of one round."""
+        if self.trainer.plan.privacy is None:
+            return self.trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
+        return self.trainer.train_private(
+            weights,
+            cohort,
+            round_=round_,
+            declared_size=self.declared_size,
+            noise_multiplier=self.noise_multiplier,
+        )
+
+
 @dataclass(frozen=True)
 class Row:
     """One method of a comparison."""
@@ -57,6 +128,9 @@ class Row:
     method: str
     per_site: dict[str, dict[str, float]]
     """Test metrics on each site's test patients; sites without any are left out."""
+
+    interval: dict[str, list[float]] = field(default_factory=dict)
+    """Of the headline metric at each site: 95 % of what patients like these might have given (:func:`interval_of`)."""
 
     def mean(self, metric: str) -> float | None:
         """Mean over the sites that have it, each counting the same; None if none has."""
@@ -74,15 +148,16 @@ class TestPatient:
 
 
 def train_alone(
-    trainer: Trainer, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str, start: Path | None = None
+    steps: Steps, cohort: Cohort | PooledCohort, plan: Plan, *, seed: int, name: str, start: Path | None = None
 ) -> Weights:
     """The weights that the plan's ``release`` chooses among its rounds on one cohort; the last without validation."""
+    trainer = steps.trainer
     weights = first_weights(plan, seed, start)
     best, best_value = weights, float("-inf")
     chooses = plan.strategy.release == "best" and bool(cohort.patients("validation"))
     average: Weights | None = None
     for round_ in range(1, plan.rounds + 1):
-        update = trainer.train(weights, cohort, seed=seed, site=name, round_=round_).update
+        update = steps.update(weights, cohort, round_=round_, seed=seed, name=name)
         weights = {key: weights[key] + update[key] for key in weights}
         if (decay := plan.strategy.average_decay) is not None:
             average = averaged(average, weights, round_, decay)
@@ -98,23 +173,88 @@ def train_alone(
 
 def measure_everywhere(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> dict[str, Any]:
     """Mean test metrics at each site that has test patients."""
-    per_site = {}
+    return {site: trainer.task.summary(patients) for site, patients in _patients(trainer, weights, plan, sites)}
+
+
+def row_of(name: str, trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]) -> Row:
+    """One model measured at all sites, with intervals."""
+    row = Row(name, {})
+    for site, patients in _patients(trainer, weights, plan, sites):
+        row.per_site[site] = trainer.task.summary(patients)
+        if (interval := interval_of(trainer.task, patients, derive(name, site))) is not None:
+            row.interval[site] = interval
+    return row
+
+
+def interval_of(task: Task, patients: Sequence[Mapping[str, float]], seed: int) -> list[float] | None:
+    """95 % of the headline metrics of sets of patients drawn from these with replacement, each with all of its studies.
+
+    It is the bootstrap of Efron 1979 (doi:10.1214/aos/1176344552) over patients, by percentiles. None for fewer than two
+    patients, or where their metric is not defined.
+    """
+    if len(patients) < 2 or task.headline not in task.summary(patients):
+        return None
+    rng, n = np.random.default_rng(seed), len(patients)
+    if task.headline in task.ranges:  # a mean over patients
+        each = np.array([task.summary([patient])[task.headline] for patient in patients])
+        values = each[rng.integers(n, size=(N_RESAMPLES, n))].mean(axis=1)
+    else:
+        drawn = (task.summary([patients[i] for i in rng.integers(n, size=n)]) for _ in range(N_RESAMPLES))
+        values = np.array([found[task.headline] for found in drawn if task.headline in found])
+    return [float(end) for end in np.percentile(values, [2.5, 97.5])] if len(values) else None
+
+
+def shared_rows(
+    plan: Plan, sites: Sequence[SiteFolder], shared: Weights, per_site: dict[str, dict[str, float]], run: str
+) -> list[Row]:
+    """The shared model as its sites measured it, and each site's own where the strategy keeps one, at all sites.
+
+    Under ``[privacy]`` what sites send has noise; there the shared model is measured again, exactly.
+
+    Parameters
+    ----------
+    per_site
+        Test metrics that the sites sent.
+    run
+        The run whose stations these are.
+    """
+    trainer = resident_trainer(plan, DEVICE)
+    personal = []
+    for site in sites if plan.strategy.name in OF_EACH_SITE else ():
+        own = OwnState(site.station, run, plan.sha256).before(Question(run, plan.rounds, "test", plan.sha256, ""))
+        if own:
+            personal.append(row_of(f"personal:{site.name}", trainer, shared | own, plan, sites))
+    if staying(plan, trainer.network):  # at every site another model is the shared one
+        intervals = {row.method.partition(":")[2]: row.interval for row in personal}
+        mine = {site: of_site[site] for site, of_site in intervals.items() if site in of_site}
+        exact = {name: row.per_site[name] for row in personal if (name := row.method.partition(":")[2]) in row.per_site}
+    else:
+        measured = row_of("federated", trainer, shared, plan, sites)
+        mine, exact = measured.interval, measured.per_site
+    if plan.privacy is not None:
+        per_site = exact
+    return [Row("federated", per_site, mine), *personal]
+
+
+def _patients(
+    trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[SiteFolder]
+) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    """What is measured of each test patient, site by site, where there are any."""
     for site in sites:
         measured = trainer.measure(weights, cohort_of(site, plan), "test")
         if measured:
-            per_site[site.name] = trainer.task.summary(list(measured.values()))
-    return per_site
+            yield site.name, list(measured.values())
 
 
 def baseline(
     plan: Plan, sites: Sequence[SiteFolder], home: Sequence[SiteFolder], name: str, seed: int, start: Path | None = None
 ) -> Row:
     """Train on the data of ``home`` alone and test at all ``sites``."""
-    trainer = resident_trainer(plan, DEVICE)
+    steps = Steps.of(plan, home)
     cohorts = [cohort_of(site, plan) for site in home]
     cohort = cohorts[0] if len(cohorts) == 1 else PooledCohort(cohorts)
-    weights = train_alone(trainer, cohort, plan, seed=seed, name=name, start=start)
-    return Row(name, measure_everywhere(trainer, weights, plan, sites))
+    weights = train_alone(steps, cohort, plan, seed=seed, name=name, start=start)
+    return row_of(name, steps.trainer, weights, plan, sites)
 
 
 def baselines(
@@ -179,9 +319,13 @@ def measured_mean(plan: Plan, model: Path, sites: Sequence[SiteFolder]) -> dict[
     ValueError
         If a simulation did not write one of these sites' images.
     """
-    if not all(is_emulated(site.data) for site in sites):
-        raise ValueError("a private model is measured exactly on emulated patients only")
+    _require_emulated(sites)
     weights, _ = decode(model.read_bytes())
     per_site = measure_everywhere(resident_trainer(plan, DEVICE), weights, plan, sites)
     names = dict.fromkeys(name for metrics in per_site.values() for name in metrics)
     return {name: float(np.mean([m[name] for m in per_site.values() if name in m])) for name in names}
+
+
+def _require_emulated(sites: Sequence[SiteFolder]) -> None:
+    if not all(is_emulated(site.data) for site in sites):
+        raise ValueError("a private model is measured exactly, and trained beside others, on emulated patients only")

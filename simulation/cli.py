@@ -237,17 +237,26 @@ def show_result(result: dict[str, Any], out: Path) -> None:
     comparison = result["comparison"]
     rows = comparison["rows"] if comparison else []
     if not rows and result["test"]:
-        values = {site: metrics[result["headline"]] for site, metrics in result["test"]["per_site"].items()}
-        rows = [{"method": "federated", "per_site": values, "mean": result["test"][result["headline"]]}]
+        metric, tested = result["headline"], result["test"]
+        values = {site: figures.get(metric) for site, figures in tested["per_site"].items()}
+        rows = [{"method": "federated", "per_site": values, "mean": tested.get(metric)}]
     sites = [site["name"] for site in result["sites"]]
     for site in [*sites, "mean"]:
         table.add_column(site, justify="right")
     for row in rows:
         cells = [row["per_site"].get(site) for site in sites] + [row["mean"]]
-        table.add_row(row["method"], *("–" if cell is None else f"{cell:.3f}" for cell in cells))
+        table.add_row(row["method"], *map(_shown, cells))
     console = Console()
     console.print(table)
     console.print(f"weights {result['weights_sha256'][:16]}  {result['seconds']:.0f} s  {out / 'report.html'}")
+
+
+def _shown(figure: float | dict[str, Any] | None) -> str:
+    """A figure of ``test`` or of a comparison; one with noise stands with its interval."""
+    if isinstance(figure, dict):
+        low, high = figure["interval"]
+        return f"{figure['value']:.3f} ({low:.3f} to {high:.3f})"
+    return "–" if figure is None else f"{figure:.3f}"
 
 
 def show_experiment(result: dict[str, Any], out: Path) -> None:

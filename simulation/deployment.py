@@ -30,7 +30,8 @@ from client.processes import end, spawn
 from client.station import Station
 from server.journal import Journal
 from server.operator import open_consortium, server_status
-from server.rounds import Measured, Outcome, Progress, RoundRecord
+from server.results import measured_of
+from server.rounds import Outcome, Progress, RoundRecord
 from server.runs import RunFolder, order_run
 from server.superlink import SuperLink
 from shared_models.errors import FederadError
@@ -184,20 +185,13 @@ def outcome_of(run: RunFolder) -> Outcome:
     """What the round loop of a finished run gave, from its files."""
     result = run.result or {}
     records = [RoundRecord(**record) for record in run.records()]
-    tested = result["test"] or {"per_site": {}}
-    per_site = {
-        site: {name: value for name, value in metrics.items() if name != "patients"}
-        for site, metrics in tested["per_site"].items()
-    }
-    patients = {site: metrics["patients"] for site, metrics in tested["per_site"].items()}
-    mean = {name: value for name, value in tested.items() if name in result["metrics"]} or None
     best_round = int(result["best_round"])
     return Outcome(
         records,
         best_round,
         run.journal.average(best_round) or run.journal.weights(best_round),
         run.journal.weights(records[-1].round),
-        Measured(mean, per_site, patients),
+        measured_of(result["test"]),
         {site: {k: v for k, v in spent.items() if k != "unit"} for site, spent in (result["privacy"] or {}).items()},
     )
 

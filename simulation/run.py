@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from client.site import is_emulated
 from server.journal import Journal
 from server.results import result_of
 from server.rounds import Outcome, Progress
@@ -32,7 +33,7 @@ from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, encoded, show_patients
+from simulation.baselines import Row, baselines, encoded, shared_rows, show_patients
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -75,8 +76,11 @@ class Request:
     start: Path | None = None
     """The model.safetensors at which a plan with ``strategy.start`` begins."""
 
+    snapshots: tuple[int, ...] = ()
+    """Rounds whose weights are kept in the folder, as ``round-00100.safetensors``."""
+
     compare: bool = True
-    """Whether to train the central and the local models too; without ``[privacy]`` alone."""
+    """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
     command: str = ""
 
@@ -136,6 +140,12 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     journal_folder = folder / "journal"
     shutil.rmtree(journal_folder, ignore_errors=True)
     journal = Journal(journal_folder)
+
+    def progress(event: Progress) -> None:
+        if event.what == "committed" and event.round in request.snapshots:
+            shutil.copy(journal.weights_path(event.round), folder)
+        watcher.progress(event)
+
     try:
         watcher.stage("rounds", request.plan.rounds * len(sites))
         outcome = run_rounds(
@@ -145,10 +155,10 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             seed=request.seed,
             execution=request.execution,
             start=request.start,
-            on_progress=watcher.progress,
+            on_progress=progress,
         )
         result |= report_outcome(request, folder, outcome)
-        if request.compare and request.plan.privacy is None and outcome.test.per_site:
+        if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
@@ -302,15 +312,23 @@ def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:
     return {"status": status, "message": message, "rounds": records, "weights_sha256": last}
 
 
+def can_compare(plan: Plan, sites: list[SiteFolder], outcome: Outcome) -> bool:
+    """Whether a comparison may be made. It measures exactly, which under ``[privacy]`` is for emulated patients only."""
+    if plan.privacy is None:
+        return bool(outcome.test.per_site)
+    return all(is_emulated(site.data) for site in sites)
+
+
 def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> dict[str, Any]:
-    """Federated beside central and local models, on every site's test patients."""
+    """Federated beside central and local models, on every site's test patients: exactly, whatever was released of them."""
     began = time.monotonic()
-    metric = task_for(request.plan).headline
+    plan, metric = request.plan, task_for(request.plan).headline
     watcher.stage("central and local models", len(sites) + 1)
+    identity = Journal(request.folder / "journal").identity()
     rows = [
-        Row("federated", outcome.test.per_site),
+        *shared_rows(plan, sites, outcome.best, outcome.test.per_site, identity.run if identity else ""),
         *baselines(
-            request.plan,
+            plan,
             sites,
             seed=request.seed,
             workers=request.execution.workers,
@@ -319,12 +337,14 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         ),
     ]
     own, elsewhere = local_means(rows, metric)
+    personal_own, personal_elsewhere = local_means(rows, metric, "personal")
     return {
         "metric": metric,
         "rows": [
             {
                 "method": row.method,
                 "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
+                "interval": row.interval,
                 "metrics": row.per_site,
                 "mean": row.mean(metric),
             }
@@ -332,16 +352,18 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
         ],
         "local_own": own,
         "local_elsewhere": elsewhere,
+        "personal_own": personal_own,
+        "personal_elsewhere": personal_elsewhere,
         "seconds": round(time.monotonic() - began, 1),
     }
 
 
-def local_means(rows: list[Row], metric: str) -> tuple[float | None, float | None]:
-    """Mean of each local model on its own patients, and on all others'; None where there is nothing to average."""
+def local_means(rows: list[Row], metric: str, which: str = "local") -> tuple[float | None, float | None]:
+    """Mean of each site's model, local or ``personal``, on its own patients, and on all others'; None where none is."""
     own, elsewhere = [], []
     for row in rows:
         kind, _, home = row.method.partition(":")
-        if kind == "local":
+        if kind == which:
             own += [m[metric] for site, m in row.per_site.items() if site == home and metric in m]
             elsewhere += [m[metric] for site, m in row.per_site.items() if site != home and metric in m]
     return (float(np.mean(own)) if own else None), (float(np.mean(elsewhere)) if elsewhere else None)

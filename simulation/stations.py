@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from client.data.cohort import Cohort
+from client.own import FOLDER as OWN
 from client.site import SiteConfig
 from client.station import Station
 from shared_models.errors import FederadError
@@ -66,7 +67,8 @@ def forget_history(station: Path) -> None:
     """Let an emulated station begin anew, with its images still prepared: no real one can."""
     for path in (*station.glob("ledger.*"), *station.glob("audit.*")):
         path.unlink()
-    shutil.rmtree(station / "answers", ignore_errors=True)
+    for folder in ("answers", OWN):
+        shutil.rmtree(station / folder, ignore_errors=True)
     open_station.cache_clear()
 
 

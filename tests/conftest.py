@@ -25,6 +25,12 @@ def _one_thread() -> None:
     one_thread()
 
 
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh folder with a path short enough for sockets in it, whatever the test is called."""
+    return tmp_path_factory.mktemp("t")
+
+
 @pytest.fixture(scope="session")
 def smoke_plan() -> Plan:
     """Two rounds on tiny hospitals."""

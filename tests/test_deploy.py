@@ -18,6 +18,7 @@ from operators import new_consortium
 from client.folder import DATA_USER, GROUP, NET_USER
 from server.consortium import Consortium
 from server.journal import Journal, RunIdentity
+from shared_models.commands import START_VARIABLE, TYPED_VARIABLE
 from shared_models.task import task_for
 from shared_models.weights import initial_weights, weights_sha256
 
@@ -271,6 +272,21 @@ class TestServices:
             in (installed / "usr/local/bin/federad-site").read_text()
         )
         assert "FEDERAD_SERVER=/data/consortium" in (installed / "usr/local/bin/federad-server").read_text()
+
+    @pytest.mark.parametrize(
+        ("role", "units"), [("site", ["federad-station", "federad-courier"]), ("server", ["federad-server"])]
+    )
+    def test_commands_name_the_next_as_the_administrator_types_it(self, installed, role, units):
+        """
+        With sudo, and with the services that were installed in place of a start by hand.
+        """
+        command = (installed / f"usr/local/bin/federad-{role}").read_text()
+        set_before = command.splitlines()[1]
+
+        assert f'{TYPED_VARIABLE}="sudo federad-{role}"' in set_before
+        assert f'{START_VARIABLE}="sudo systemctl enable --now {" ".join(units)}"' in set_before
+        assert all((installed / f"etc/systemd/system/{unit}.service").exists() for unit in units)
+        subprocess.run(["sh", "-n", installed / f"usr/local/bin/federad-{role}"], check=True)
 
     @pytest.mark.parametrize("path", ["images", "/srv/my images", "/srv/a#b", "/srv/$(id)", "/srv/a&b"])
     def test_path_that_a_unit_could_misread_is_refused(self, tmp_path, path):

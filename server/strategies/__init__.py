@@ -1,30 +1,31 @@
 """Aggregation rules: how the mean of the updates becomes the next weights.
 
-A rule sees the exact weighted mean alone, so memory does not depend on the number of sites. FedProx is FedAvg here: its
-proximal term acts at the sites.
+A rule sees exact weighted means alone, so memory does not depend on the number of sites. FedProx, FedBN and Ditto are
+FedAvg here: what they add happens at the sites (``client/side.py``). What a rule remembers from round to round is in the
+journal with the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
-
+from server.strategies.rule import Strategy
 from shared_models.plan import Plan
-from shared_models.weights import Weights
+from shared_models.registry import look_up
 
+STRATEGIES = {
+    "fedavg": "server.strategies.fedavg:FedAvg",
+    "fedprox": "server.strategies.fedavg:FedAvg",
+    "fedbn": "server.strategies.fedavg:FedAvg",
+    "ditto": "server.strategies.fedavg:FedAvg",
+    "fedadam": "server.strategies.adaptive:FedAdam",
+    "fedyogi": "server.strategies.adaptive:FedYogi",
+    "scaffold": "server.strategies.scaffold:Scaffold",
+}
+"""Rules by the name a plan uses."""
 
-class Strategy(Protocol):
-    """One aggregation rule."""
-
-    def step(self, weights: Weights, mean_update: Mapping[str, NDArray[np.float64]]) -> Weights:
-        """The next weights, float32, from the last ones and the weighted mean of the updates."""
+__all__ = ["STRATEGIES", "Strategy", "strategy_for"]
 
 
 def strategy_for(plan: Plan) -> Strategy:
     """The rule that ``plan`` names."""
-    from server.strategies.fedavg import FedAvg
-
-    return {"fedavg": FedAvg, "fedprox": FedAvg}[plan.strategy.name]()
+    rule: Strategy = look_up(STRATEGIES, plan.strategy.name)(plan)
+    return rule

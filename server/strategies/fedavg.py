@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
-from numpy.typing import NDArray
 
+from server.strategies.rule import Mean, Strategy
 from shared_models.weights import Weights
 
 
-class FedAvg:
+class FedAvg(Strategy):
     """Add the mean update, weighted by the number of patients each site trained on."""
 
-    def step(self, weights: Weights, mean_update: Mapping[str, NDArray[np.float64]]) -> Weights:
+    def step(self, weights: Weights, mean_update: Mean) -> Weights:
         """Old weights plus mean update, added in float64 and rounded once to float32."""
-        return {name: (old.astype(np.float64) + mean_update[name]).astype(np.float32) for name, old in weights.items()}
+        return {
+            name: (old.astype(np.float64) + mean_update[name]).astype(np.float32) if name in mean_update else old.copy()
+            for name, old in weights.items()
+        }

@@ -3,7 +3,8 @@
 Cross-entropy on whole images, brought to the training patch's size by a window around their centre. Networks give a map for
 each label (Baumgartner et al. 2017, arXiv:1612.05601), which is pooled over space to that label's logit by the logarithm
 of the mean of exponentials, between mean and maximum (Pinheiro and Collobert 2015, arXiv:1411.6228): a small finding
-counts, and the map is the heatmap. In 2-D plans the network sees slices.
+counts, and the map is the heatmap. In 2-D plans the network sees slices. With ``views`` (2.5-D; Roth et al. 2014,
+arXiv:1406.2639, whose views are turned at random, too) it sees planes of a volume along each axis.
 
 A patient's probabilities are the mean over slices and studies, and patients are what is measured. Areas under curves are
 no means over patients: they are computed from all of a site's patients, and several sites' are averaged. Under
@@ -31,6 +32,9 @@ from shared_models.volume import Volume, crop, in_greys
 SLICES_AT_ONCE = 16
 """Slices of one volume in one forward pass: speed and memory only."""
 
+MOST_VIEWS = 16
+"""Planes along each axis in a prediction, evenly spaced."""
+
 LARGEST_SHIFT = 1 / 16
 """How far a training window may lie off the centre of the image, as a share of its side."""
 
@@ -39,6 +43,9 @@ SHARPNESS = 1.0
 
 LEAST_PROBABILITY = 0.01
 """Smaller probabilities of the true label count as this in the log-likelihood, so that it has a bound."""
+
+SPECIFICITY = 0.9
+"""At which sensitivity is given."""
 
 Array = NDArray[np.float64]
 
@@ -53,8 +60,10 @@ class Classification(Task):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        names = ("auc", "average_precision", "balanced_accuracy", "f1", "localisation")
+        names = ("auc", "average_precision", "balanced_accuracy", "f1", "sensitivity", "localisation")
         self.metrics = dict.fromkeys(names if plan.privacy is None else self.ranges, True)
+        if self.is_ordinal and plan.privacy is None:
+            self.metrics |= {"quadratic_kappa": True, "rank_error": False}
         self._weights = torch.tensor(plan.training.class_weights or [1.0] * len(plan.task.labels))
 
     @property
@@ -63,17 +72,27 @@ class Classification(Task):
         return self.plan.task.sharpness or SHARPNESS
 
     @property
+    def has_views(self) -> bool:
+        """Whether a 2-D network sees planes of volumes."""
+        return self.plan.task.views is not None
+
+    @property
+    def is_ordinal(self) -> bool:
+        """Whether the labels are in order, from the first to the last."""
+        return self.plan.task.target == "ordinal"
+
+    @property
     def shown(self) -> str:
         """The probability of a patient's true label."""
         return "probability"
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
+        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(as_seen(self.plan))
         return network
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
-        """A whole image, or in 2-D one slice of it, and its label as int64 ``()``.
+        """A whole image, or in 2-D one slice of it, or one of its views, and its label as int64 ``()``.
 
         The window of the patch's size lies around the image's centre, up to a sixteenth of its side off, and is 0 (the
         mean intensity) where it reaches outside.
@@ -90,12 +109,17 @@ class Classification(Task):
         image = crop(volume.image, tuple(corner), size)
         if self.plan.data.dimensions == 2:
             image = image[:, 0]
+        elif self.has_views:
+            image = np.take(image, int(rng.integers(size[0])), axis=1 + int(rng.integers(3)))
         if self.plan.training.flips and rng.random() < 0.5:
             image = image[..., ::-1]
         return Sample(np.ascontiguousarray(image, np.float32), np.asarray(volume.category, np.int64))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the pooled maps, times the plan's weight of the true label; the mean over samples.
+
+        Where labels are in order (``target = "ordinal"``), how far the predicted distribution is from the true label along
+        that order takes its place (:func:`earth_mover`).
 
         Parameters
         ----------
@@ -105,24 +129,31 @@ class Classification(Task):
             Label indices, int64 ``(batch,)``.
         """
         weights = self._weights.to(output)
-        each = F.cross_entropy(pooled(output, self.sharpness), target, weight=weights, reduction="none")
-        return each.mean()
+        logits = pooled(output, self.sharpness)
+        if self.is_ordinal:
+            return (weights[target] * earth_mover(logits, target)).mean()
+        return F.cross_entropy(logits, target, weight=weights, reduction="none").mean()
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.float32]:
-        """Class maps of the window around the centre, ``(label, z, y, x)``; in 2-D one plane for each slice."""
+        """Class maps of the window around the centre, ``(label, z, y, x)``; in 2-D one plane for each slice, and with views
+        ``(label, plane, row, column)``, as many planes along z as along y and along x."""
         size = self._size(volume)
         image = torch.from_numpy(np.array(crop(volume.image, _centred(volume, size), size), np.float32)).to(device)
-        if self.plan.data.dimensions == 3:
+        if self.plan.data.dimensions == 3 and not self.has_views:
             maps = network(image[None])[0]
         else:
-            parts = torch.split(image.movedim(1, 0), SLICES_AT_ONCE)
+            planes = image.movedim(1, 0)
+            if self.has_views:
+                places = np.linspace(0, size[0] - 1, min(size[0], MOST_VIEWS)).round().astype(np.int64)
+                planes = torch.cat([image.movedim(1 + axis, 0)[places] for axis in range(3)])
+            parts = torch.split(planes, SLICES_AT_ONCE)
             maps = torch.cat([network(part) for part in parts]).movedim(0, 1)
         return np.asarray(maps.float().cpu().numpy(), np.float32)
 
     def probabilities(self, prediction: NDArray[np.generic]) -> Array:
-        """Of each label, ``(label,)``: the softmax of the pooled maps, in 2-D averaged over slices."""
+        """Of each label, ``(label,)``: the softmax of the pooled maps, averaged over slices or views."""
         maps = torch.from_numpy(np.asarray(prediction, np.float64))
-        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 else maps[None]
+        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 or self.has_views else maps[None]
         mean: Array = torch.softmax(pooled(batch, self.sharpness), dim=1).mean(0).numpy()
         return mean
 
@@ -134,7 +165,12 @@ class Classification(Task):
         maps = torch.from_numpy(np.asarray(prediction, np.float32))
         others = (maps.sum(0) - maps[label]) / (len(maps) - 1)
         size = self._size(volume)
-        fine = F.interpolate((maps[label] - others)[None, None], size=size, mode="trilinear")[0, 0].numpy()
+        heat = maps[label] - others
+        if self.has_views:  # each voxel lies in a plane along each axis
+            along = [_interpolated(part, size).movedim(0, axis) for axis, part in enumerate(heat.chunk(3))]
+            fine = torch.stack(along).mean(0).numpy()
+        else:
+            fine = _interpolated(heat, size).numpy()
         index = [
             np.clip(np.arange(side) - c, 0, n - 1)
             for side, c, n in zip(volume.image.shape[1:], _centred(volume, size), size, strict=True)
@@ -179,14 +215,18 @@ class Classification(Task):
         average_precision      of the precision over recall (:func:`average_precision`)
         balanced_accuracy      mean over labels that occur, of the share that is recognised
         f1                     harmonic mean of precision and recall
+        sensitivity            share of a label's patients found where 90 % of the others are told apart
+        quadratic_kappa        agreement beyond chance of ordered labels, by squared distance (Cohen 1968)
+        rank_error             mean distance between true and predicted label, in places of their order
         localisation           share of patients with an outline whose largest heat lies inside of it
         accuracy               share of patients who get their label
         log_likelihood         mean logarithm of the true label's probability, which counts as 0.01 or more
         ``"A as B"``           share of patients who have label A and got label B: the confusion matrix
         =====================  ==============================================================================
 
-        The first two and F1 are of the second label where there are two, else the mean over labels, each against the rest.
-        Where no label has patients on both sides the first two are left out, as is ``localisation`` without an outline.
+        The first two, sensitivity and F1 are of the second label where there are two, else the mean over labels, each
+        against the rest. Where no label has patients on both sides the first two and sensitivity are left out, as is
+        ``localisation`` without an outline. Kappa and rank error are of ordered labels alone.
         """
         if not patients:
             return {}
@@ -207,6 +247,8 @@ class Classification(Task):
             "log_likelihood": float(weight @ np.log(true_probability)) / len(patients),
             **{confused(a, b): float(confusion[k, j]) for k, a in enumerate(names) for j, b in enumerate(names)},
         }
+        if self.is_ordinal:
+            found |= _ranks(confusion)
         n_outlined = sum(row["outlined"] for row in patients)
         if n_outlined:
             found["localisation"] = sum(row["hit"] for row in patients) / n_outlined
@@ -240,10 +282,40 @@ class Classification(Task):
         return (volume.image.shape[1], *patch) if len(patch) == 2 else (patch[0], patch[1], patch[2])
 
 
+def as_seen(plan: Plan) -> Plan:
+    """The plan as its network sees it: in two dimensions where it sees views of a volume."""
+    if plan.task.views is None:
+        return plan
+    return plan.model_copy(
+        update={"data": plan.data.model_copy(update={"dimensions": 2, "patch": plan.data.patch[:2]})}
+    )
+
+
+def _interpolated(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Values ``(z, y, x)`` on a grid of this size."""
+    return F.interpolate(maps[None, None], size=size, mode="trilinear")[0, 0]
+
+
 def pooled(maps: Tensor, sharpness: float) -> Tensor:
     """Logits ``(batch, label)`` of class maps ``(batch, label, [z,] y, x)``: log(mean(exp(sharp * map))) / sharp."""
     flat = maps.flatten(2)
     return (torch.logsumexp(sharpness * flat, dim=2) - math.log(flat.shape[2])) / sharpness
+
+
+def earth_mover(logits: Tensor, target: Tensor) -> Tensor:
+    """Squared distance between cumulative distributions, ``(batch,)`` (Hou et al. 2016, arXiv:1611.05916, eq. 3): 0 where
+    the true label is certain, more the further away probability lies.
+
+    Parameters
+    ----------
+    logits
+        ``(batch, label)``, labels in order.
+    target
+        Label indices, int64 ``(batch,)``.
+    """
+    predicted = torch.softmax(logits, dim=1).cumsum(1)
+    true = F.one_hot(target, logits.shape[1]).to(logits).cumsum(1)
+    return ((predicted - true) ** 2).sum(1)
 
 
 def area_under_curve(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:
@@ -261,6 +333,15 @@ def average_precision(scores: Array, is_positive: NDArray[np.bool_], weight: Arr
     return float(positive @ (found / (found + np.cumsum(negative))) / positive.sum())
 
 
+def sensitivity(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> float:
+    """Largest share of the positives above a threshold that leaves :data:`SPECIFICITY` of the negatives below it; all
+    ``(patient,)``."""
+    positive, negative = _by_score(scores, is_positive, weight)
+    below = np.concatenate([[0.0], np.cumsum(negative)]) / negative.sum()
+    above = 1 - np.concatenate([[0.0], np.cumsum(positive)]) / positive.sum()
+    return float(max(0.0, above[below >= SPECIFICITY - 1e-12].max()))
+
+
 def _by_score(scores: Array, is_positive: NDArray[np.bool_], weight: Array) -> tuple[Array, Array]:
     """Weight of positives and of negatives at each score that occurs, lowest first."""
     values, place = np.unique(scores, return_inverse=True)
@@ -274,7 +355,7 @@ def _curves(probabilities: Array, truth: NDArray[np.intp], weight: Array) -> dic
     """Areas under curves, of each label that some have and others have not; empty where there is none such."""
     n = probabilities.shape[1]
     labels = [k for k in ([1] if n == 2 else range(n)) if 0 < (truth == k).sum() < len(truth)]
-    metrics = {"auc": area_under_curve, "average_precision": average_precision}
+    metrics = {"auc": area_under_curve, "average_precision": average_precision, "sensitivity": sensitivity}
     return {
         name: float(np.mean([metric(probabilities[:, k], truth == k, weight) for k in labels]))
         for name, metric in metrics.items()
@@ -291,6 +372,17 @@ def _decisions(confusion: Array) -> dict[str, float]:
         "balanced_accuracy": float(np.mean(right[have > 0] / have[have > 0])),
         "f1": float(np.mean(f1[counted])),
     }
+
+
+def _ranks(confusion: Array) -> dict[str, float]:
+    """Of ordered labels, from a confusion matrix, ``(truth, prediction)``; kappa is left out where chance alone agrees."""
+    place = np.arange(len(confusion))
+    apart = np.abs(place[:, None] - place)
+    found = {"rank_error": float((confusion * apart).sum() / confusion.sum())}
+    chance = np.outer(confusion.sum(axis=1), confusion.sum(axis=0)) / confusion.sum()
+    if (expected := float((chance * apart**2).sum())) > 0:
+        found["quadratic_kappa"] = 1 - float((confusion * apart**2).sum()) / expected
+    return found
 
 
 def _centred(volume: Volume, size: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,27 +1,29 @@
 """Segmentation: a label for every voxel.
 
 Dice plus cross-entropy (Isensee et al. 2021, doi:10.1038/s41592-020-01008-z) on patches, sliding-window prediction,
-Dice and 95 % Hausdorff distance of whole volumes. In 2-D plans the network sees slices and the measures are still those
+Dice, surface distances and volumes of whole studies. In 2-D plans the network sees slices and the measures are still those
 of the volume.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from monai.inferers import sliding_window_inference
-from monai.losses import DiceCELoss
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics.utils import get_edge_surface_distance
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shared_models.clinical import agreement
+from shared_models.losses import loss_of
 from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
 from shared_models.registry import look_up
-from shared_models.task import Picture, Sample, Task
+from shared_models.task import Picture, Sample, Task, mean_metrics
 from shared_models.volume import Volume, crop, in_greys
 
 # MONAI 1.6 warns of its own use of an argument that it has deprecated; there is nothing a caller can do about it.
@@ -33,16 +35,25 @@ WINDOWS_AT_ONCE = 8
 OVERLAP = 0.25
 """Share of a window that overlaps the next one."""
 
+PICTURES = frozenset({"OP", "DX"})
+"""Modalities that come as picture files, which do not say how large a pixel is."""
+
+VOLUME, REFERENCE = KINDS = ("volume: ", "reference volume: ")
+"""Before a label's name among the numbers of a patient."""
+
 
 class Segmentation(Task):
     """One label for every voxel; see the module for methods and sources."""
 
-    metrics: Mapping[str, bool] = {"dice": True, "hd95_mm": False}
-    ranges: Mapping[str, tuple[float, float]] = {"dice": (0.0, 1.0), "hd95_mm": (0.0, 100.0)}
-
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        self._loss = DiceCELoss(softmax=True, to_onehot_y=True, smooth_nr=1.0, smooth_dr=1.0)
+        unit = "px" if plan.data.modality in PICTURES else "mm"
+        self._hd95, self._surface = f"hd95_{unit}", f"surface_{unit}"
+        self.ranges = {"dice": (0.0, 1.0), self._hd95: (0.0, 100.0)}
+        self.metrics = {"dice": True, self._hd95: False}
+        if plan.privacy is None:
+            self.metrics = {**self.metrics, self._surface: False}
+        self._loss = loss_of(plan)
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
@@ -69,7 +80,8 @@ class Segmentation(Task):
         return Sample(np.ascontiguousarray(image, np.float32), np.ascontiguousarray(target, np.int64))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Soft Dice (background included, smoothed by one voxel) plus cross-entropy.
+        """The loss that the plan names; soft Dice (background included, smoothed by one voxel) plus cross-entropy unless it
+        names one.
 
         Parameters
         ----------
@@ -83,20 +95,24 @@ class Segmentation(Task):
 
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.uint8]:
         """Label indices ``(z, y, x)``, from overlapping windows of the training patch's size."""
+        return np.asarray(self.logits(network, volume, device).argmax(dim=0).to(torch.uint8).cpu().numpy(), np.uint8)
+
+    def logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
+        """What the network says for each label of each voxel, ``(label, z, y, x)``, from the same windows."""
         image = torch.from_numpy(np.array(volume.image, np.float32)).to(device)
         slices_first = self.plan.data.dimensions == 2
         batch = image.movedim(1, 0) if slices_first else image[None]
         logits = sliding_window_inference(batch, self.plan.data.patch, WINDOWS_AT_ONCE, network, overlap=OVERLAP)
         if not isinstance(logits, Tensor):
             raise TypeError("the network returned something other than one tensor")
-        labels = logits.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        return np.asarray(labels if slices_first else labels[0], np.uint8)
+        return logits.movedim(1, 0) if slices_first else logits[0]
 
     def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
-        """Means over the labels above background of Dice [0 to 1] and 95 % Hausdorff distance [mm].
+        """Of the labels above background, the means of Dice [0 to 1], 95 % Hausdorff distance and mean surface distance
+        [mm, or px in pictures], and of each its volume and that of the reference [ml, or px].
 
         ====================  ======  ==================================
-        foreground            Dice    distance
+        foreground            Dice    distances
         ====================  ======  ==================================
         in neither            1       0
         in one of the two     0       diagonal of the volume
@@ -105,15 +121,45 @@ class Segmentation(Task):
         """
         if volume.label is None:
             raise ValueError("a volume without a reference cannot be measured")
-        per_label = [
-            (
-                dice(prediction == k, volume.label == k),
-                hausdorff_95_mm(prediction == k, volume.label == k, volume.spacing_mm),
-            )
-            for k in range(1, len(self.plan.task.labels))
-        ]
-        overlap, distance = np.mean(per_label, axis=0)
-        return {"dice": float(overlap), "hd95_mm": float(distance)}
+        per_label: list[tuple[float, float, float]] = []
+        volumes: dict[str, float] = {}
+        voxel = 1.0 if self._hd95 == "hd95_px" else math.prod(volume.spacing_mm) / 1000.0
+        for k, name in list(enumerate(self.plan.task.labels))[1:]:
+            found, truth = prediction == k, volume.label == k
+            per_label.append((dice(found, truth), *surface_distances_mm(found, truth, volume.spacing_mm)))
+            volumes |= {VOLUME + name: float(found.sum()) * voxel, REFERENCE + name: float(truth.sum()) * voxel}
+        overlap, hd95, surface = np.mean(per_label, axis=0)
+        return {"dice": float(overlap), self._hd95: float(hd95), self._surface: float(surface), **volumes}
+
+    def summary(self, patients: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Means over patients, and how each label's volume agrees with the reference's over these patients.
+
+        ========================  ============================================================
+        ``volume bias: LABEL``    mean of volume minus reference
+        ``volume limits: LABEL``  95 % of the differences lie within so much of the bias
+        ``volume error: LABEL``   mean of their absolute values
+        ``volume ICC: LABEL``     intraclass correlation; left out where it is not defined
+        ========================  ============================================================
+
+        See ``clinical`` for the definitions; all are left out for no patients, and under ``[privacy]``, where one patient
+        could move them without bound.
+        """
+        found = mean_metrics(patients)
+        for name in self.plan.task.labels[1:] if patients else ():
+            for kind in KINDS:
+                del found[kind + name]
+            mine, theirs = ([row[kind + name] for row in patients] for kind in KINDS)
+            if self.plan.privacy is not None:
+                continue
+            agreed = agreement(mine, theirs)
+            found |= {
+                f"volume bias: {name}": agreed.bias,
+                f"volume limits: {name}": agreed.limits,
+                f"volume error: {name}": float(np.mean(np.abs(np.subtract(mine, theirs)))),
+            }
+            if agreed.icc is not None:
+                found[f"volume ICC: {name}"] = agreed.icc
+        return found
 
     def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
         """The slice with the largest reference, or the middle one where there is none."""
@@ -146,10 +192,10 @@ def dice(prediction: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
     return 2.0 * int((prediction & truth).sum()) / total if total else 1.0
 
 
-def hausdorff_95_mm(
+def surface_distances_mm(
     prediction: NDArray[np.bool_], truth: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
-) -> float:
-    """95th percentile of the distances between the two surfaces, the larger of both directions [mm].
+) -> tuple[float, float]:
+    """The 95th percentile, the larger of both directions, and the mean of the distances between two surfaces [mm].
 
     Parameters
     ----------
@@ -159,13 +205,14 @@ def hausdorff_95_mm(
         Distance between voxel centres along (z, y, x).
     """
     if not prediction.any() and not truth.any():
-        return 0.0
+        return 0.0, 0.0
     if not prediction.any() or not truth.any():
-        return float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
-    masks = [torch.from_numpy(np.ascontiguousarray(mask))[None, None] for mask in (prediction, truth)]
+        diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
+        return diagonal, diagonal
+    masks = [torch.from_numpy(np.ascontiguousarray(mask)) for mask in (prediction, truth)]
     spacing: tuple[float, ...] = spacing_mm
     if truth.shape[0] == 1:
-        masks, spacing = [mask[:, :, 0] for mask in masks], spacing_mm[1:]
-    return float(
-        compute_hausdorff_distance(masks[0], masks[1], include_background=True, percentile=95, spacing=list(spacing))
-    )
+        masks, spacing = [mask[0] for mask in masks], spacing_mm[1:]
+    _, (there, back), _ = get_edge_surface_distance(masks[0], masks[1], spacing=list(spacing), symmetric=True)
+    hd95 = max(float(torch.quantile(distances, 0.95)) for distances in (there, back))
+    return hd95, float(torch.cat([there, back]).mean())

@@ -50,6 +50,15 @@ class Experiment:
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
     each result. None where each run compares itself with a central and with local models."""
 
+    after: Callable[[Request], dict[str, Any]] | None = None
+    """Looked at once when an arm has run, and kept as ``after`` in its result; such runs are compared with nothing else,
+    but for the arm ``compared``."""
+
+    compared: str | None = None
+
+    snapshots: Callable[[Plan], tuple[int, ...]] = lambda plan: ()
+    """Rounds of an arm whose weights are kept for it."""
+
 
 def row(method: str, metric: str, split: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
     """A line of an experiment's table: mean, standard deviation and 95 % t-interval over seeds.
@@ -162,7 +171,8 @@ def _request(
         seed=seed,
         execution=Execution(workers=workers),
         sites_folder=folder / f"sites-{hospitals}",
-        compare=experiment.measured_at is None,
+        compare=experiment.measured_at is None and (experiment.after is None or experiment.compared == arm),
+        snapshots=experiment.snapshots(plan),
     )
 
 
@@ -175,10 +185,20 @@ def _result(
         watcher.stage("measuring")
         sites = find_sites(requests[experiment.measured_at], watcher)
         result["measured"] = measured_mean(request.plan, request.folder / "model.safetensors", sites)
-        result["seconds"] = round(result["seconds"] + time.monotonic() - began, 1)
-        text = json.dumps(result, indent=1, allow_nan=False) + "\n"
-        (request.folder / "result.json").write_text(text, encoding="utf-8")
+        _keep(request, result, began)
+    if experiment.after is not None and "after" not in result:
+        began = time.monotonic()
+        watcher.stage("looking at what came out")
+        result["after"] = experiment.after(request)
+        _keep(request, result, began)
     return result
+
+
+def _keep(request: Request, result: dict[str, Any], began: float) -> None:
+    """A result with what was added to it, and the time that took."""
+    result["seconds"] = round(result["seconds"] + time.monotonic() - began, 1)
+    text = json.dumps(result, indent=1, allow_nan=False) + "\n"
+    (request.folder / "result.json").write_text(text, encoding="utf-8")
 
 
 def _finished(request: Request) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,7 +15,7 @@ from simulation.report import words
 from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import pictures
-from simulation.report.results import Comparison, Experiment, Measured, Run, read
+from simulation.report.results import Comparison, Experiment, Measured, Method, Run, read
 
 ALL = ""
 """Stands for all sites together where figures are kept by site."""
@@ -29,6 +29,8 @@ class Cell:
     start: float
     width: float
     tone: str
+    note: str = ""
+    """A second, smaller line."""
 
 
 def write_report(folder: Path) -> Path:
@@ -56,6 +58,7 @@ def write_report(folder: Path) -> Path:
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
         confusion=_confusion(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
+        comparison_has_intervals=any(row.interval for row in run.comparison.rows) if run.comparison else False,
         by_round=_by_round(run),
         galleries=pictures(folder, run.headline) if run.status == "finished" else {},
     )
@@ -122,14 +125,22 @@ def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
     """The figures of the table of sites by column and site: test metrics, then how far the alternatives are."""
     if run.test:
         for metric in (metric for metric in run.metrics if metric in run.test.mean):
-            values = {site: run.test.per_site.get(site, {}).get(metric) for site in run.names}
-            yield f"Test {words.metric_name(metric)}", _cells({**values, ALL: run.test.mean.get(metric)})
+            values = {site: run.test.at(site, metric) for site in run.names}
+            around = {site: run.test.interval(metric, site) for site in run.names} | {ALL: run.test.interval(metric)}
+            cells = _cells({**values, ALL: run.test.mean.get(metric)})
+            yield f"Test {words.metric_name(metric)}", {s: replace(c, note=_noise(around[s])) for s, c in cells.items()}
     if run.comparison:
         ways = {**{site: run.comparison.at(site) for site in run.names}, ALL: run.comparison.mean}
+        if run.is_private:  # elsewhere the test figures say it
+            yield "Shared model, exactly", _cells({site: w.shared for site, w in ways.items()})
         yield "Own model", _cells({site: w.own for site, w in ways.items()})
         yield "Central model", _cells({site: w.central for site, w in ways.items()})
         yield "Gain over own", _cells({site: w.gain(w.own) for site, w in ways.items()}, signed=True)
         yield "Gap to central", _cells({site: w.gain(w.central) for site, w in ways.items()}, signed=True)
+
+
+def _noise(interval: tuple[float, float] | None) -> str:
+    return "noise: " + " to ".join(words.figures(interval)) if interval else ""
 
 
 def _cells(values: Mapping[str, float | None], *, signed: bool = False) -> dict[str, Cell]:
@@ -181,7 +192,7 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
     shares = {a: [mean.get(confused(a, b), 0.0) for b in run.labels] for a in run.labels}
     if run.test is None or not any(confused(a, b) in mean for a in run.labels for b in run.labels):
         return {}
-    n = sum(site["patients"] for site in run.test.per_site.values())
+    n = sum(run.test.at(site, "patients") or 0 for site in run.test.per_site)
     return {
         a: [
             (f"{share * n:.0f}", round(70 * share / (sum(row) or 1.0)), a == b)
@@ -209,25 +220,28 @@ def _lines(metric: str, measured: list[Measured], axis: str) -> Markup | None:
     return levels(f"{words.metric_name(metric)} over {axis}", lines, places, axis) if lines else None
 
 
-def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool]]]:
+def _heat(run: Run, comparison: Comparison) -> dict[str, list[tuple[str, int, bool, str]]]:
     """How far each hospital's own model carries: rows of models, columns of sites.
 
-    Each cell is its text, how strong its colour is [per cent], and whether the model is at home there.
+    Each cell is its text, how strong its colour is [per cent], whether the model is at home there, and its interval.
     """
     models = {row.method.replace("local:", "model of "): row for row in comparison.rows if "local:" in row.method}
+    models |= {
+        row.method.replace("personal:", "personal, "): row for row in comparison.rows if "personal:" in row.method
+    }
     models["shared model"] = comparison.by_method["federated"]
     known = [v for row in models.values() for v in row.per_site.values()]
     low, high = min(known), max(known)
 
-    def cell(value: float | None, is_home: bool) -> tuple[str, int, bool]:
-        if value is None:
-            return words.NOTHING, 0, is_home
-        return f"{value:.2f}", round(4 + 51 * (value - low) / max(high - low, 1e-9)), is_home
+    def cell(row: Method, site: str) -> tuple[str, int, bool, str]:
+        is_home = row.method.partition(":")[2] == site
+        if (value := row.per_site.get(site)) is None:
+            return words.NOTHING, 0, is_home, ""
+        interval = row.interval.get(site)
+        shown = f"{interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+        return f"{value:.2f}", round(4 + 51 * (value - low) / max(high - low, 1e-9)), is_home, shown
 
-    return {
-        name: [cell(row.per_site.get(site), row.method == f"local:{site}") for site in run.names]
-        for name, row in models.items()
-    }
+    return {name: [cell(row, site) for site in run.names] for name, row in models.items()}
 
 
 def _by_round(run: Run) -> dict[str, list[str]]:

@@ -45,19 +45,58 @@ class Round(Part):
     per_site: dict[str, Metrics]
 
 
+class Cost(Part):
+    """What one release has cost a patient."""
+
+    epsilon: float
+    delta: float
+
+
+class Noised(Part):
+    """A number with noise."""
+
+    value: float
+    interval: tuple[float, float]
+    """Where 95 % of the noise around ``value`` lies."""
+
+    cost: Cost
+    """Of the one release that held it, for a patient it is about."""
+
+
+Figures = dict[str, float | Noised]
+
+
 class Tested(Part):
     """Test metrics: means over all patients, one field each, beside every site's own; sites without any are left out."""
 
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: Metrics
-    per_site: dict[str, Metrics]
-    interval: dict[str, tuple[float, float]] | None = None
-    """Where 95 % of the noise around each mean lies; None without noise."""
+    __pydantic_extra__: Figures
+    per_site: dict[str, Figures]
+    """Beside its metrics a site has the number of its ``patients``, or under ``[privacy]`` its ``declared_size``."""
 
     @property
     def mean(self) -> Metrics:
         """Means over patients."""
-        return self.__pydantic_extra__
+        return {name: _value(figure) for name, figure in self.__pydantic_extra__.items()}
+
+    def at(self, site: str, metric: str) -> float | None:
+        """A site's own figure; None if it has none."""
+        figure = self.per_site.get(site, {}).get(metric)
+        return None if figure is None else _value(figure)
+
+    def interval(self, metric: str, site: str | None = None) -> tuple[float, float] | None:
+        """Where 95 % of the noise around a mean, or a site's figure, lies; None without noise."""
+        figure = (self.__pydantic_extra__ if site is None else self.per_site.get(site, {})).get(metric)
+        return figure.interval if isinstance(figure, Noised) else None
+
+    @property
+    def cost(self) -> Cost | None:
+        """What the figures have cost a patient they are about; None for exact ones."""
+        return next((f.cost for f in self.__pydantic_extra__.values() if isinstance(f, Noised)), None)
+
+
+def _value(figure: float | Noised) -> float:
+    return figure.value if isinstance(figure, Noised) else figure
 
 
 class Ways(NamedTuple):
@@ -80,6 +119,9 @@ class Method(Part):
 
     method: str
     per_site: Metrics
+    interval: dict[str, tuple[float, float]] = {}
+    """95 % of what other patients of a site might have given, by site."""
+
     mean: float | None
     """Mean over sites, each counting the same; None where no site has the metric."""
 
@@ -93,7 +135,8 @@ class Comparison(Part):
 
     @property
     def by_method(self) -> dict[str, Method]:
-        """The models by name: ``federated``, ``central``, and ``local:SITE`` for each hospital that could train."""
+        """The models by name: ``federated``, ``central``, and ``local:SITE`` for each hospital that could train;
+        ``personal:SITE`` where the strategy leaves a part of the model at the site."""
         return {row.method: row for row in self.rows}
 
     @property
@@ -104,7 +147,7 @@ class Comparison(Part):
 
     def at(self, site: str) -> Ways:
         """On the test patients of one site."""
-        values = {row.method: row.per_site.get(site) for row in self.rows}
+        values = {row.method: row.per_site.get(site) for row in self.rows if "personal:" not in row.method}
         shared, central, own = values.pop("federated"), values.pop("central"), values.pop(f"local:{site}", None)
         others = [v for v in values.values() if v is not None]
         return Ways(own, sum(others) / len(others) if others else None, central, shared)
@@ -157,6 +200,18 @@ class Run(Part):
     released: Literal["best", "last", "averaged"] | None = None
     weights_sha256: str | None
     released_sha256: str | None = None
+    scanners_sha256: str | None = None
+    """Of the emulated scanners; None where images were given."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether the plan has a table ``[privacy]``; known once a round is done."""
+        return self.privacy is not None
+
+    @property
+    def is_emulated(self) -> bool:
+        """Whether the patients are a simulation's, and protect nobody."""
+        return self.scanners_sha256 is not None
 
     @property
     def names(self) -> list[str]:

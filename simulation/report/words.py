@@ -9,10 +9,16 @@ from simulation.report.results import Run
 METRICS = {
     "dice": ("Dice", "Dice is the overlap of outline and reference: 0 none, 1 perfect."),
     "hd95_mm": ("HD95 (mm)", "HD95 is the distance from the reference that 95 % of the outline keep within."),
+    "hd95_px": ("HD95 (px)", "HD95 is the distance from the reference that 95 % of the outline keep within."),
+    "surface_mm": ("surface (mm)", "The surface distance is the mean one between outline and reference."),
+    "surface_px": ("surface (px)", "The surface distance is the mean one between outline and reference."),
     "auc": ("AUC", "AUC is the chance that of two patients the right one is ranked higher: 0.5 guesses, 1 is perfect."),
     "average_precision": ("AP", "AP is the mean share of true cases among those ranked as high as each of them."),
     "balanced_accuracy": ("balanced accuracy", "Balanced accuracy is the share recognised, averaged over labels."),
     "f1": ("F1", "F1 is the harmonic mean of precision and recall."),
+    "sensitivity": ("sensitivity", "Sensitivity is the share found where 90 % of the others are told apart."),
+    "quadratic_kappa": ("kappa", "Kappa is agreement beyond chance, the further off the worse: 1 is perfect."),
+    "rank_error": ("rank error", "The rank error is how many places a prediction is off, on average."),
     "localisation": ("localisation", "Localisation is how often the hottest point of the map lies in the outline."),
     "log_likelihood": (
         "log-likelihood",

@@ -25,6 +25,10 @@ OUTSIDE = "tests/client/test_noise_from_outside.py"
 CANARIES = "tests/client/test_canaries.py"
 INVERSION = "tests/client/test_gradient_inversion.py"
 LIAR = "tests/client/test_lying_server.py"
+EGRESS = "tests/client/test_egress.py"
+RESULTS = "tests/server/test_results.py"
+COMPARISON = "tests/simulation/test_private_comparison.py"
+AVERAGE = "tests/server/test_rounds.py::TestRun::test_average_over_rounds_is_tested_and_released"
 
 
 @dataclass(frozen=True)
@@ -246,8 +250,8 @@ _MECHANISM = (
         "noise in the first step only",
         (
             "client/training.py",
-            "self._private_step(optimizer, anchors, total.noised(self.randomness))",
-            "self._private_step(optimizer, anchors, total.noised(self.randomness) if step == 0 else "
+            "self._private_step(optimizer, steering, total.noised(self.randomness))",
+            "self._private_step(optimizer, steering, total.noised(self.randomness) if step == 0 else "
             "total.integers.double() * (mechanism.grid / mechanism.divisor))",
         ),
         caught_by=(
@@ -299,9 +303,9 @@ _MECHANISM = (
         "empty step skipped",
         (
             "client/training.py",
-            "                self._private_step(optimizer, anchors, total",
+            "                self._private_step(optimizer, steering, total",
             "                if not bool(total.integers.any()):\n                    continue\n"
-            "                self._private_step(optimizer, anchors, total",
+            "                self._private_step(optimizer, steering, total",
         ),
         caught_by=(f"{TRAINING}::TestNoiseAlone::test_nobody_to_train_on_still_gives_every_step_its_noise",),
     ),
@@ -376,11 +380,27 @@ _LOOP = (
         "proximal term lost",
         (
             "client/training.py",
-            "parameter.grad.add_(parameter.detach() - anchor, alpha=self.plan.strategy.proximal_mu or 0.0)\n"
+            "        steering.act()\n        optimizer.step()\n        optimizer.zero",
             "        optimizer.step()\n        optimizer.zero",
-            "pass\n        optimizer.step()\n        optimizer.zero",
         ),
         caught_by=(f"{TRAINING}::TestStep::test_weight_decay_and_proximal_term_act_after_the_noise",),
+    ),
+    patch(
+        "norms of FedBN leave the site",
+        ("client/side.py", "{name: array for name, array in update.items() if name not in stays}", "update"),
+        caught_by=("tests/client/test_side.py::TestFedBN::test_norms_never_leave_and_stay_as_they_were_at_the_server",),
+    ),
+    patch(
+        "failure of an own model ends the round under privacy",
+        ("client/side.py", "if self.plan.privacy is None:\n                raise", "if True:\n                raise"),
+        caught_by=("tests/client/test_side.py::TestOthers::test_failure_of_the_own_model_is_no_sign_under_privacy",),
+    ),
+    patch(
+        "own part taken from a round that was begun and not answered",
+        ("client/own.py", 'question.round - 1 if question.kind == "train" else question.round', "question.round"),
+        caught_by=(
+            "tests/client/test_side.py::TestKept::test_asked_again_it_gives_the_same_whatever_was_kept_since[scaffold]",
+        ),
     ),
     patch(
         "network checked on weights that somebody sent",
@@ -874,4 +894,126 @@ _DOOR = (
     ),
 )
 
-PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR)
+_TOLD = (
+    patch(
+        "name of a metric missing from the manifest",
+        ("client/gate.py", '{"names": sorted(values)}', '{"names": sorted(values)[1:]}'),
+        caught_by=(f"{GATE}::TestRelease::test_manifest_says_what_left_and_no_value_of_it",),
+    ),
+    patch(
+        "norm missing from the manifest",
+        (
+            "client/gate.py",
+            '"norm": math.hypot(*(float(np.linalg.norm(array)) for array in values.values()))',
+            '"norm": 0.0',
+        ),
+        caught_by=(
+            f"{GATE}::TestRelease::test_manifest_says_what_left_and_no_value_of_it",
+            f"{EGRESS}::TestManifest::test_every_answer_of_a_station_stands_there",
+        ),
+    ),
+    patch(
+        "cost missing from the manifest",
+        (
+            "client/gate.py",
+            'return {"values": dict(values)} if kind == "cost"',
+            'return {"values": {}} if kind == "cost"',
+        ),
+        caught_by=(
+            f"{GATE}::TestRelease::test_manifest_says_what_left_and_no_value_of_it",
+            f"{STATION}::TestWhatLeaves::test_audit_tells_what_left_and_at_what_cost",
+        ),
+    ),
+    patch(
+        "metrics that the audit does not tell",
+        (
+            "client/egress.py",
+            "    said = dict(manifest)\n",
+            '    said = {kind: what for kind, what in manifest.items() if kind != "metric"}\n',
+        ),
+        caught_by=(
+            f"{EGRESS}::TestManifest::test_line_for_a_person_says_what_left",
+            f"{STATION}::TestWhatLeaves::test_audit_tells_what_left_and_at_what_cost",
+        ),
+    ),
+    patch(
+        "forbidden notices leave",
+        (
+            "client/gate.py",
+            'if release.kind in ("status", "progress") and self._policy.rule(release.kind, private=False) == "forbidden":',
+            "if False:",
+        ),
+        caught_by=(
+            f"{GATE}::TestPolicyOfNotices::test_notice_that_the_hospital_forbids_stays",
+            f"{ANY_STATION}::TestNotices::test_what_the_hospital_forbids_is_neither_told_nor_laid_out_for_it",
+        ),
+    ),
+    patch(
+        "station's gate without its policy",
+        ("client/station.py", "Gate(self.config.name, self.config.permits)", "Gate(self.config.name)"),
+        caught_by=(
+            f"{ANY_STATION}::TestNotices::test_what_the_hospital_forbids_is_neither_told_nor_laid_out_for_it",
+            f"{STATION}::TestWhatLeaves::test_metrics_that_the_hospital_forbids_stay",
+        ),
+    ),
+    patch(
+        "word for a foreign start not in the audit",
+        ("client/station.py", ', **({"start_is_foreign": True} if start_is_foreign else {}))', ")"),
+        caught_by=(f"{STATION}::TestWarmStart::test_model_of_which_the_ledger_knows_nothing_needs_a_word_from_here",),
+    ),
+    patch(
+        "any model is where training begins",
+        ("shared_models/start.py", "(found := hashlib.sha256(data).hexdigest()) != wanted", '(found := "")'),
+        caught_by=("tests/shared_models/test_start.py::TestFirstWeights::test_another_model_is_refused",),
+    ),
+    patch(
+        "average over rounds not released",
+        ("server/rounds.py", "            best = self._average\n", "            best = self._weights\n"),
+        caught_by=(AVERAGE,),
+    ),
+    patch(
+        "average that forgets all rounds but the last",
+        ("shared_models/weights.py", "    share = (1 - decay) / (1 - decay**number)\n", "    share = 1.0\n"),
+        caught_by=(AVERAGE,),
+    ),
+    patch(
+        "cost missing on the model card",
+        ("server/registry.py", "SitePrivacy.of(cost[name]) if name in cost else None", "None"),
+        caught_by=("tests/server/test_registry.py::TestCard::test_privacy_of_every_site_stands_there",),
+    ),
+    patch(
+        "noise missing on the model card",
+        ("server/registry.py", "test_interval=around.get(name) or None", "test_interval=None"),
+        ("server/registry.py", "test_interval=intervals(plan, sites)[0] or None", "test_interval=None"),
+        caught_by=("tests/server/test_registry.py::TestCard::test_noised_figures_stand_with_their_interval",),
+    ),
+    patch(
+        "costs of any kind are read",
+        ("shared_models/messages.py", 'if cost and not COST <= cost.keys() <= COST | {"image_epsilon"}:', "if False:"),
+        caught_by=(
+            "tests/shared_models/test_messages.py::TestHostileAnswers::test_header_that_is_not_an_answer_is_refused",
+        ),
+    ),
+    patch(
+        "test figures without their noise",
+        ("server/results.py", '"interval": list(around[name])', '"interval": [value, value]'),
+        caught_by=(f"{RESULTS}::TestWithPrivacy::test_interval_is_that_of_the_noise_of_the_declared_size",),
+    ),
+    patch(
+        "test figures that nobody paid for",
+        ("server/results.py", "        if name in around\n", ""),
+        ("server/results.py", "list(around[name])", "list(around.get(name, (value, value)))"),
+        caught_by=(f"{RESULTS}::TestWithPrivacy::test_what_no_mechanism_made_is_left_out",),
+    ),
+    patch(
+        "real patients measured exactly for a comparison",
+        ("simulation/run.py", "    return all(is_emulated(site.data) for site in sites)\n", "    return True\n"),
+        ("simulation/baselines.py", "    if not all(is_emulated(site.data) for site in sites):\n", "    if False:\n"),
+        caught_by=(
+            f"{COMPARISON}::TestRun::test_real_hospitals_get_no_comparison",
+            f"{COMPARISON}::TestSteps::test_real_patients_are_not_trained_on_beside_the_run",
+        ),
+    ),
+)
+
+PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR, *_TOLD)

@@ -16,7 +16,7 @@ from deployed import FEDERAD_SITE, ROOT, descendants, is_alive, until
 
 from client.audit import FILE
 from client.folder import SiteFolder
-from client.processes import holder
+from client.processes import holder, only_one
 from shared_models.consortium import EnrolRequest
 
 
@@ -213,6 +213,18 @@ class TestLife:
             until(lambda first=first, lock=lock: holder(lock) not in (None, first))
         until(lambda: (ok("status", *site)["courier"] or {}).get("trouble", 1) is None)
         assert ok("status", *site)["station"]["site"] == "site-1"
+
+    def test_site_that_runs_as_services_is_stopped_by_who_started_it(self, joined):
+        """
+        ``stop`` does not claim that it was not running: it names systemd and Docker, which would start it again.
+        """
+        with only_one(joined.station / "process.lock", "station"):
+            stopped = run("stop", "--site", joined.root)
+            started = run("start", "--site", joined.root)
+
+        assert (stopped.returncode, started.returncode) == (163, 156)
+        assert "sudo systemctl stop federad-courier federad-station" in stopped.stderr
+        assert "docker compose down" in stopped.stderr
 
     def test_killed_supervisor_takes_everything_along(self, joined):
         """

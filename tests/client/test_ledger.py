@@ -952,7 +952,7 @@ class TestCannotBeWritten:
         for path in [folder, *folder.rglob("*"), *folder.parents[:1]]:
             path.chmod(0o777 if path.is_dir() else 0o666)
         (folder / name).chmod(0o555 if name == "." else 0o444)
-        for parent in tmp_path.parents[:2]:
+        for parent in tmp_path.parents[:3]:
             parent.chmod(parent.stat().st_mode | 0o055)
 
         def work():

@@ -13,7 +13,8 @@ from dp_accounting.pld import PLDAccountant
 from privately import answered, ask_of, private
 
 from client.audit import FILE, AuditLog
-from client.policy import Policy
+from client.egress import egress
+from client.policy import Policy, Releases
 from client.site import SiteConfig
 from client.statement import statement
 from client.station import Station
@@ -24,6 +25,9 @@ from shared_models.plan import Plan
 from shared_models.task import task_for
 
 DECLARED = 20
+
+SECRET = b"3" * 32
+"""With it some of the hospital's few patients fall into the validation split."""
 
 PRIVACY = {
     "noise_multiplier": 1.5,
@@ -49,7 +53,7 @@ def station(plan, hospitals, tmp_path) -> Station:
         device="cpu",
         policy=Policy(lifetime_epsilon=40.0, run_epsilon=20.0, minimum_patients=1),
     )
-    made = Station.create(tmp_path / "station", config)
+    made = Station.create(tmp_path / "station", config, secret=SECRET)
     made.approve(plan, declared_size=DECLARED)
     return made
 
@@ -79,6 +83,31 @@ class TestWhatLeaves:
         assert first.metrics != second.metrics
         assert answered(station, ask_of(plan, 3)).metrics == {}
 
+    def test_audit_tells_what_left_and_at_what_cost(self, station, plan):
+        """
+        Names, norm and price of a round's answer as it left, for this hospital's own people.
+        """
+        answer = answered(station, ask_of(plan, 2))
+        (line,) = egress(station.folder)
+        norm = sum(float((array.astype("f8") ** 2).sum()) for array in answer.update.values()) ** 0.5
+
+        assert line["released"].keys() == {"update", "metric", "cost"}
+        assert line["released"]["metric"] == {"names": sorted(answer.metrics)}
+        assert line["released"]["update"]["norm"] == pytest.approx(norm, rel=1e-4)
+        assert line["released"]["cost"] == {"values": dict(answer.cost)}
+
+    def test_metrics_that_the_hospital_forbids_stay(self, station, plan):
+        """
+        However noised, and although the plan pays for them; the update leaves.
+        """
+        forbidding = station.config.permits.model_copy(update={"releases": Releases(metric="forbidden")})
+        station.config.model_copy(update={"policy": forbidding}).save(station.folder)
+
+        answer = answered(Station(station.folder), ask_of(plan, 2))
+
+        assert answer.metrics == {}
+        assert answer.update
+
     def test_validation_alone_tells_nothing(self, station, plan):
         """
         It would cost, and the plan did not agree on it.
@@ -104,6 +133,7 @@ class TestWhatLeaves:
         def lost(*_):
             raise torch.AcceleratorError("CUDA error: unspecified launch failure", 719)
 
+        assert station.cohort(plan).patients("validation")
         monkeypatch.setattr(Trainer, "measure", lost)
         answer = answered(station, ask_of(plan, 2))
 

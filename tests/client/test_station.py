@@ -12,6 +12,7 @@ from faults.sites import opened
 
 from client import station as station_module
 from client.audit import FILE, AuditLog
+from client.policy import Policy, Releases
 from client.station import Station
 from client.training import Trainer
 from shared_models.consortium import Notice
@@ -250,6 +251,26 @@ class TestDecisions:
         assert not (stations[0] / "outbox.sqlite").exists()
         with pytest.raises(FederadError, match="C159"):
             station.offer(Operator().sign(smoke_plan))
+
+
+class TestNotices:
+    @pytest.mark.parametrize(("kind", "left"), [("status", {"progress"}), ("progress", {"approved"})])
+    def test_what_the_hospital_forbids_is_neither_told_nor_laid_out_for_it(
+        self, enrolled, operator, ask, smoke_plan, kind, left
+    ):
+        """
+        No notice of that kind reaches the outbox, nor a line of the audit that says one was told.
+        """
+        policy = Policy(releases=Releases(**{kind: "forbidden"}))
+        enrolled.config.model_copy(update={"policy": policy}).save(enrolled.folder)
+        quiet = Station(enrolled.folder)
+        quiet.offer(operator.sign(smoke_plan))
+        quiet.approve(smoke_plan)
+        quiet.answer(encode_ask(ask))
+
+        assert {notice.kind for notice in waiting(quiet)} == left
+        told = [entry for entry in AuditLog(quiet.folder / FILE).entries() if entry["event"] == "notice"]
+        assert {entry["kind"] for entry in told} == left
 
 
 class TestProgress:

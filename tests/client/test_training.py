@@ -218,6 +218,21 @@ class TestSteps:
         assert type(optimizer) is kind
         assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.25, 0.125)
 
+    def test_momentum_of_sgd_looks_ahead(self):
+        """
+        Two steps along a slope of 1 with momentum 0.5 and rate 1, as Nesterov's method takes them: 1.5, then 1.75.
+        """
+        weight = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(weight.weight)
+        plan = plan_with({"optimizer": "sgd", "momentum": 0.5, "learning_rate": 1.0})
+        optimizer, passed = build_optimizer(plan, weight, 1), []
+        for _ in range(2):
+            weight.weight.grad = torch.ones(1, 1)
+            optimizer.step()
+            passed.append(-weight.weight.item())
+
+        assert passed == [1.5, 3.25]
+
     def test_rate_falls_along_half_a_cosine_over_the_rounds(self):
         """
         With schedule = "cosine" the rate starts at the plan's, is half of it in the middle and near nothing at the end.

@@ -252,6 +252,21 @@ class TestSupervision:
         assert link.n_starts() == starts + (name == "SuperLink")
         assert link.list_nodes() is not None
 
+    def test_workers_of_an_nginx_that_was_killed_end_before_the_next(self, folder, port):
+        """
+        They would go on answering with an old certificate, keep the port from every other nginx, and outlive the server.
+        """
+        psutil = pytest.importorskip("psutil")
+        before = status_of(folder)["processes"]["nginx"]
+        workers = psutil.Process(before).children()
+        assert workers
+        os.kill(before, signal.SIGKILL)
+        until(lambda: status_of(folder)["processes"]["nginx"] not in (None, before), within_s=20)
+
+        assert not any(is_alive(worker.pid) for worker in workers)
+        until(lambda: _status(folder, port) == 404, within_s=20)
+        assert psutil.Process(status_of(folder)["processes"]["nginx"]).children()
+
     def test_second_server_is_refused(self, folder):
         """
         One server for one folder: the second says S191 and ends with its number.

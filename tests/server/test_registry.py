@@ -262,6 +262,26 @@ class TestCard:
         assert "without differential privacy" not in text
         assert "So few test patients" not in text
 
+    def test_noised_figures_stand_with_their_interval(self, tmp_path):
+        """
+        Where metrics have noise, the card says where 95 % of it lies, of each site's and of all together.
+        """
+        plan = plan_of(
+            privacy={
+                "epsilon": 8.0, "patients_per_step": 4, "steps_per_round": 2, "metrics_every": 1, "metrics_noise": 0.5,
+            }
+        )  # fmt: skip
+
+        release = publish(tmp_path, KEY, plan)
+        card, text = release.card(), (release.folder / CARD_PAGE).read_text()
+        low, high = card.test_interval["dice"]
+
+        assert 0 <= low < card.test["dice"] < high <= 1
+        assert all(site.test_interval.keys() == site.test.keys() for site in card.sites)
+        assert f"{card.test['dice']:.4g} ({low:.4g} to {high:.4g})" in text
+        assert "| all | - |" in text
+        assert publish(tmp_path / "exact", KEY).card().test_interval is None
+
     def test_page_says_what_a_reader_must_know(self, tmp_path):
         """
         Intended use, limits, figures with patients, and that there is no differential privacy.

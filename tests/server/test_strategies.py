@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import get_args
 
 import contracts
 import laws
@@ -11,15 +12,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.strategies import strategy_for
+from server.strategies import STRATEGIES, strategy_for
+from shared_models.plan import StrategyTable
 
-STRATEGIES = ({"name": "fedavg"}, {"name": "fedprox", "proximal_mu": 0.1})
+MEANS = ({"name": "fedavg"}, {"name": "fedprox", "proximal_mu": 0.1}, {"name": "ditto", "personal_pull": 0.1})
+"""Rules whose next weights are the last ones plus the mean."""
+
+ADAPTIVE = tuple({"name": name, "server_learning_rate": 0.05} for name in ("fedadam", "fedyogi"))
 
 
-@pytest.fixture(params=STRATEGIES, ids=lambda table: table["name"])
+def rule_of(table, **tables):
+    return strategy_for(contracts.example_plan(strategy=table, **tables))
+
+
+@pytest.fixture(params=(*MEANS, *ADAPTIVE), ids=lambda table: table["name"])
 def strategy(request):
     """Each rule that a plan can name."""
-    return strategy_for(contracts.example_plan(strategy=request.param))
+    return rule_of(request.param)
 
 
 class TestEveryStrategy:
@@ -41,7 +50,13 @@ class TestEveryStrategy:
         after = strategy.step(weights, {"w": np.full(3, 0.5)})
 
         assert weights["w"].tolist() == [1, 1, 1]
-        assert after["w"].tolist() == [1.5, 1.5, 1.5]
+        assert (after["w"] > 1).all()
+
+    def test_every_name_of_a_plan_has_a_rule(self):
+        """
+        What a plan may be called is what the server can do.
+        """
+        assert set(get_args(StrategyTable.model_fields["name"].annotation)) == STRATEGIES.keys()
 
     @laws.SAME_EXAMPLES
     @given(st.floats(-1e3, 1e3, width=32), st.floats(-1e3, 1e3))
@@ -49,12 +64,54 @@ class TestEveryStrategy:
         """
         The next weight is the float32 nearest to old plus mean, as fractions give it to float64's own rounding.
         """
-        for table in STRATEGIES:
-            rule = strategy_for(contracts.example_plan(strategy=table))
-            after = rule.step({"w": np.array([old], np.float32)}, {"w": np.array([mean])})["w"]
+        for table in MEANS:
+            after = rule_of({**table, "release": "last"}).step(
+                {"w": np.array([old], np.float32)}, {"w": np.array([mean])}
+            )
 
-            assert after.dtype == np.float32
-            assert after[0] == np.float32(float(Fraction(old) + Fraction(mean)))
+            assert after["w"].dtype == np.float32
+            assert after["w"][0] == np.float32(float(Fraction(old) + Fraction(mean)))
+
+    def test_what_stays_at_the_sites_keeps_its_value(self):
+        """
+        A parameter that no site sends is the same after the round as before.
+        """
+        weights = {"w": np.ones(2, np.float32), "norm": np.full(2, 7, np.float32)}
+
+        assert rule_of({"name": "fedbn"}).step(weights, {"w": np.ones(2)})["norm"].tolist() == [7, 7]
+
+
+class TestAdaptive:
+    @pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
+    def test_rounds_are_those_of_the_paper(self, name):
+        """
+        Six rounds give the weights that algorithm 2 of Reddi et al. gives, written down in NumPy.
+        """
+        rng = np.random.default_rng(0)
+        x = np.float64(rng.normal(size=7).astype(np.float32))
+        rule = rule_of({"name": name, "server_learning_rate": 0.05, "beta_1": 0.8, "beta_2": 0.9, "tau": 0.01})
+        weights, m, v = {"w": x.astype(np.float32)}, np.zeros(7), np.full(7, 0.01**2)
+        for _ in range(6):
+            d = rng.normal(0, 0.1, 7)
+            m = 0.8 * m + 0.2 * d
+            v = 0.9 * v + 0.1 * d**2 if name == "fedadam" else v - 0.1 * d**2 * np.sign(v - d**2)
+            x = x + 0.05 * m / (np.sqrt(v) + 0.01)
+            weights = rule.step(weights, {"w": d})
+
+        np.testing.assert_allclose(weights["w"], x, rtol=0, atol=1e-6)
+
+    def test_the_two_differ(self):
+        """
+        Where updates shrink, Adam forgets the large ones and Yogi does not.
+        """
+        after = []
+        for table in ADAPTIVE:
+            rule, weights = rule_of(table), {"w": np.zeros(1, np.float32)}
+            for size in (1.0, 1e-3, 1e-3):
+                weights = rule.step(weights, {"w": np.array([size])})
+            after.append(weights["w"][0])
+
+        assert after[0] != after[1]
 
 
 def test_one_site_alone_gets_its_own_weights_back():

@@ -14,7 +14,7 @@ from sklearn import metrics as reference
 
 from shared_models.plan import PrivacyTable
 from shared_models.task import task_for
-from shared_models.tasks.classification import Classification, area_under_curve, average_precision, pooled
+from shared_models.tasks.classification import Classification, area_under_curve, average_precision, pooled, sensitivity
 from shared_models.volume import Volume
 
 CPU = torch.device("cpu")
@@ -55,6 +55,102 @@ def some_patients(n_labels: int, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
 def by_hand_pooled(maps: np.ndarray, axes: tuple[int, ...], sharpness: float = 1.0) -> np.ndarray:
     """Log of the mean of exponentials."""
     return np.log(np.exp(sharpness * np.float64(maps)).mean(axis=axes)) / sharpness
+
+
+class TestViews:
+    @pytest.fixture
+    def task(self):
+        table = {"labels": ["healthy", "lesion"], "views": "orthogonal"}
+        return task_for(contracts.example_plan("classification", dimensions=3, task=table))
+
+    def test_planes_along_every_axis_are_drawn(self, task):
+        """
+        A 2-D network is trained on planes of the volume, each of which lies along one of three axes.
+        """
+        volume = numbered((8, 8, 8))
+        steps = set()
+        for seed in range(40):
+            sample = task.draw(volume, np.random.default_rng(seed))
+            assert sample.image.shape == (1, 8, 8)
+            inside = sample.image[0][(sample.image[0] > 0).all(axis=1)][:, sample.image[0].min(axis=0) > 0]
+            if inside.shape[0] > 1 and inside.shape[1] > 1:
+                steps.add((abs(inside[1, 0] - inside[0, 0]), abs(inside[0, 1] - inside[0, 0])))
+
+        assert steps == {(8.0, 1.0), (64.0, 1.0), (64.0, 8.0)}
+
+    def test_views_are_averaged_and_the_heatmap_is_a_volume(self, task):
+        """
+        A network that answers with what it sees: its maps of all planes together are the volume again.
+        """
+        volume = numbered((8, 8, 8))
+        prediction = task.predict(lambda image: torch.cat([-image, image], dim=1), volume, CPU)
+        heat = task.heat(prediction, volume, 1)
+
+        assert prediction.shape == (2, 24, 8, 8)
+        np.testing.assert_allclose(heat, 2 * volume.image[0], rtol=1e-6)
+        batch = torch.from_numpy(np.float64(prediction)).movedim(1, 0)
+        np.testing.assert_allclose(task.probabilities(prediction), torch.softmax(pooled(batch, 1.0), 1).mean(0))
+
+    def test_every_contract_of_a_task_is_kept(self, task):
+        """
+        What holds for slices and volumes holds for views.
+        """
+        batch = contracts.example_batch(task)
+        contracts.assert_measures_what_it_names(task)
+        contracts.assert_output_fits_the_task(task, task.build_network(), batch[0])
+        contracts.assert_batch_gradient_is_mean_of_patients(task.build_network(), task, batch)
+
+
+class TestOrdered:
+    def test_loss_is_the_squared_distance_of_cumulative_distributions(self):
+        """
+        Written down in NumPy; the further from the true grade, the dearer.
+        """
+        task = task_with(["none", "mild", "severe"])
+        task = task_for(task.plan.model_copy(update={"task": task.plan.task.model_copy(update={"target": "ordinal"})}))
+        maps = torch.randn(4, 3, 2, 2)
+        target = torch.tensor([0, 1, 2, 2])
+        p = softmax(by_hand_pooled(maps.numpy(), (2, 3)), axis=1)
+        expected = ((p.cumsum(1) - np.eye(3)[target].cumsum(1)) ** 2).sum(1).mean()
+
+        assert float(task.loss(maps, target)) == pytest.approx(expected, rel=1e-5)
+        near, far = (float(task.loss(10 * torch.eye(3)[None, k, :, None, None], torch.tensor([0]))) for k in (1, 2))
+        assert near < far
+
+    def test_kappa_and_rank_error_are_those_of_scikit_learn(self):
+        """
+        Forty patients with grades; chance alone has no kappa.
+        """
+        truth, probabilities = some_patients(4)
+        task = task_with(["0", "1", "2", "3"])
+        task = task_for(task.plan.model_copy(update={"task": task.plan.task.model_copy(update={"target": "ordinal"})}))
+        found = task.summary([patient(task, (int(t), list(p))) for t, p in zip(truth, probabilities, strict=True)])
+        predicted = probabilities.argmax(axis=1)
+
+        kappa = reference.cohen_kappa_score(truth, predicted, weights="quadratic")
+        assert found["quadratic_kappa"] == pytest.approx(kappa)
+        assert found["rank_error"] == pytest.approx(np.abs(truth - predicted).mean())
+
+    def test_names_without_order_have_neither(self):
+        """
+        A distance between names that are in no order would mean nothing.
+        """
+        task = task_with(["a", "b", "c"])
+        found = task.summary([patient(task, (k, [0.2, 0.3, 0.5])) for k in range(3)])
+
+        assert not {"rank_error", "quadratic_kappa"} & found.keys()
+
+
+class TestSensitivity:
+    def test_it_is_that_of_the_curve(self):
+        """
+        The highest point of scikit-learn's curve at a false positive rate of a tenth or less.
+        """
+        truth, probabilities = some_patients(2, 60)
+        weight = np.ones(len(truth))
+        fpr, tpr, _ = reference.roc_curve(truth, probabilities[:, 1], drop_intermediate=False)
+
+        assert sensitivity(probabilities[:, 1], truth == 1, weight) == pytest.approx(tpr[fpr <= 0.1].max())
 
 
 class TestDraw:

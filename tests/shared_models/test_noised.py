@@ -10,7 +10,8 @@ from contracts import example_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared_models.noised import NoisedMeans
+from client import accounting
+from shared_models.noised import NoisedMeans, gaussian_epsilon
 from shared_models.plan import PrivacyTable
 from shared_models.task import task_for
 from shared_models.tasks import TASKS
@@ -81,3 +82,24 @@ def test_every_task_has_a_range_for_each_metric_under_privacy(kind):
 
     assert list(task.ranges) == list(task.metrics)
     assert all(low < high for low, high in task.ranges.values())
+
+
+class TestGaussianEpsilon:
+    @pytest.mark.parametrize("noise", [0.5, 1.0, 5.0, 40.0])
+    @pytest.mark.parametrize("delta", [1e-5, 1e-8])
+    def test_it_is_what_the_accountant_of_a_site_finds(self, noise, delta):
+        """
+        By a formula, and by privacy-loss random variables, which are an upper bound a little above.
+        """
+        event = accounting.Event(noise, 1.0, 1, split="test")
+        found = accounting.epsilon([event], delta)
+
+        assert gaussian_epsilon(noise, delta) <= found
+        assert gaussian_epsilon(noise, delta) == pytest.approx(found, rel=0.02)
+
+    def test_much_noise_costs_nothing_and_hardly_any_costs_more_than_any_table(self):
+        """
+        Neither end overflows.
+        """
+        assert gaussian_epsilon(1e9, 1e-5) < 1e-6
+        assert gaussian_epsilon(0.01, 1e-5) > 4000

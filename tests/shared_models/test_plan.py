@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from shared_models.errors import FederadError
-from shared_models.plan import NOT_YET, Plan, table_of
+from shared_models.plan import KEYS_OF_STRATEGY, NOT_YET, Plan, table_of
 
 PLANS = Path(__file__).parents[2] / "simulation" / "plans"
 
@@ -44,7 +44,8 @@ FULL: Tables = {
         "samples_per_patient": 3,
         "foreground": 0.25,
         "flips": False,
-        "optimizer": "adamw",
+        "optimizer": "sgd",
+        "momentum": 0.9,
         "learning_rate": 0.002,
         "schedule": "cosine",
         "weight_decay": 0.01,
@@ -189,6 +190,7 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
 
 
 CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
+LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 KEYS = keys_in(FULL)
@@ -217,6 +219,7 @@ PRIVATE: Tables = {
 }
 """The full plan with privacy in place of epochs and batches."""
 
+STRATEGY_KEYS = [("strategy", key) for key in KEYS_OF_STRATEGY]
 PRIVATE_LEAVES = [("privacy", key) for key in PRIVACY]
 PRIVATE_KEYS = [("privacy",), ("privacy", "epsilon"), *PRIVATE_LEAVES]
 
@@ -241,7 +244,7 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS} == set(keys_of(Plan))
+        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS, *LOSS_KEYS} == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
@@ -426,8 +429,20 @@ class TestFile:
 class TestContradictions:
     CASES = (
         ("_sum_to_one", ("data", "split", "train"), 0.6, "data.split"),
-        ("_proximal_term", ("strategy", "name"), "fedavg", "strategy.proximal_mu"),
-        ("_proximal_term", ("strategy",), {"name": "fedprox"}, "strategy.proximal_mu"),
+        ("_keys_of_name", ("strategy", "name"), "fedavg", "strategy.proximal_mu"),
+        ("_keys_of_name", ("strategy",), {"name": "fedprox"}, "strategy.proximal_mu"),
+        ("_keys_of_name", ("strategy",), {"name": "fedadam"}, "strategy.server_learning_rate"),
+        ("_keys_of_name", ("strategy",), {"name": "ditto"}, "strategy.personal_pull"),
+        ("_keys_of_name", ("strategy",), {"tau": 0.1}, "strategy.tau"),
+        (
+            "_keys_of_name",
+            ("strategy",),
+            {"name": "fedyogi", "server_learning_rate": 0.1, "personal_pull": 1.0},
+            "strategy.personal_pull",
+        ),
+        ("_last_of_each_site", ("strategy",), {"name": "fedbn", "release": "best"}, "strategy.release"),
+        ("_strategy_fits", ("strategy",), {"name": "scaffold"}, "training.momentum"),
+        ("_momentum", ("training", "optimizer"), "adam", "training.momentum"),
         ("_run_of_start", ("strategy", "start"), None, "strategy.start_run"),
         ("_average", ("strategy", "release"), "last", "strategy.average_decay"),
         ("_average", ("strategy", "average_decay"), None, "strategy.average_decay"),
@@ -440,7 +455,13 @@ class TestContradictions:
         ("_labels_are_names", ("task", "labels"), ["background", "lesion", "lesion"], "task.labels"),
         ("_network_answers_task", ("task", "network"), "scan-plane", "task.network"),
         ("_keys_are_read", ("task", "label_attribute"), "BodyPartExamined", "task.label_attribute"),
-        ("_keys_are_read", ("training", "class_weights"), [1.0, 2.0], "training.class_weights"),
+        ("_loss_fits_labels", ("training",), {"loss": "dice", "class_weights": [1.0, 2.0]}, "training.class_weights"),
+        (
+            "_channels_double",
+            ("task",),
+            {**FULL["task"], "network": "segresnet", "channels": [8, 16, 24]},
+            "task.channels",
+        ),
         ("_keys_are_read", ("task", "sharpness"), 5.0, "task.sharpness"),
     )
 
@@ -454,6 +475,15 @@ class TestContradictions:
         assert error.code == "P103"
         assert error.happened.startswith(f"the plan: {named}: ")
         assert error.remedies[0]
+
+    def test_scaffold_wants_steps_that_tell_the_gradient(self):
+        """
+        With an optimiser that scales each step, a site's control variate could not be read off its weights.
+        """
+        tables = with_value(("strategy",), {"name": "scaffold"})
+        tables["training"] = {"optimizer": "adam"}
+
+        assert refused(tables).happened.startswith("the plan: training.optimizer: ")
 
     def test_every_check_of_the_plan_is_tried(self):
         """
@@ -744,6 +774,7 @@ class TestClassification:
         ("_keys_are_read", ("task", "residual_units"), 2, "remove residual_units"),
         ("_keys_are_read", ("training",), {"foreground": 0.5}, "remove foreground"),
         ("_weight_for_each_label", ("training",), {"class_weights": [1.0]}, "give 2 numbers"),
+        ("_views_are_of_cubes", ("task", "views"), "orthogonal", "set dimensions = 3"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 
 from shared_models.task import task_for
-from shared_models.tasks.segmentation import WINDOWS_AT_ONCE, Segmentation, dice, hausdorff_95_mm
+from shared_models.tasks.segmentation import WINDOWS_AT_ONCE, Segmentation, dice, surface_distances_mm
 from shared_models.volume import Volume
 
 
@@ -269,7 +269,7 @@ class TestHausdorff:
         """
         one, other = masks
         if one.any() and other.any():
-            assert hausdorff_95_mm(one, other, spacing) == pytest.approx(
+            assert surface_distances_mm(one, other, spacing)[0] == pytest.approx(
                 hausdorff_by_hand(one, other, spacing), abs=1e-4
             )
 
@@ -280,8 +280,8 @@ class TestHausdorff:
         one, other = np.zeros((2, 5, 5, 5), bool)
         one[2, 2, 2] = other[3, 2, 2] = True
 
-        assert hausdorff_95_mm(one, other, (5.0, 1.0, 1.0)) == pytest.approx(5.0)
-        assert hausdorff_95_mm(one.swapaxes(0, 2), other.swapaxes(0, 2), (5.0, 1.0, 1.0)) == pytest.approx(1.0)
+        assert surface_distances_mm(one, other, (5.0, 1.0, 1.0))[0] == pytest.approx(5.0)
+        assert surface_distances_mm(one.swapaxes(0, 2), other.swapaxes(0, 2), (5.0, 1.0, 1.0))[0] == pytest.approx(1.0)
 
     def test_single_outlier_hardly_counts(self):
         """
@@ -292,7 +292,7 @@ class TestHausdorff:
         stray = truth.copy()
         stray[0, 39, 0] = True
 
-        assert hausdorff_95_mm(stray, truth, (1.0, 1.0, 1.0)) == 0.0
+        assert surface_distances_mm(stray, truth, (1.0, 1.0, 1.0))[0] == 0.0
 
 
 class TestMeasure:
@@ -310,10 +310,18 @@ class TestMeasure:
         empty, drawn = np.zeros((2, 4, 6), np.uint8), np.zeros((2, 4, 6), np.uint8)
         drawn[1, 2, 3] = 1
 
-        assert task.measure(empty, self.volume(empty)) == {"dice": 1.0, "hd95_mm": 0.0}
+        nothing = {
+            "dice": 1.0,
+            "hd95_mm": 0.0,
+            "surface_mm": 0.0,
+            "volume: lesion": 0.0,
+            "reference volume: lesion": 0.0,
+        }
+        assert task.measure(empty, self.volume(empty)) == nothing
         for prediction, label in ((empty, drawn), (drawn, empty)):
             measured = task.measure(prediction, self.volume(label))
-            assert measured == {"dice": 0.0, "hd95_mm": pytest.approx(self.DIAGONAL)}
+            distances = {"hd95_mm": pytest.approx(self.DIAGONAL), "surface_mm": pytest.approx(self.DIAGONAL)}
+            assert measured.items() >= {"dice": 0.0, **distances}.items()
 
     def test_labels_are_measured_one_by_one_and_averaged(self):
         """
@@ -324,7 +332,8 @@ class TestMeasure:
         prediction = np.where(label == 2, 0, label)
 
         measured = task_with().measure(prediction, self.volume(label))
-        assert measured == {"dice": pytest.approx(0.5), "hd95_mm": pytest.approx(self.DIAGONAL / 2)}
+        assert measured["dice"] == pytest.approx(0.5)
+        assert measured["hd95_mm"] == pytest.approx(self.DIAGONAL / 2)
 
     def test_confused_labels_are_not_forgiven(self):
         """
@@ -361,7 +370,8 @@ class TestPredict:
 
         assert (prediction.shape, prediction.dtype) == (sides, np.uint8)
         np.testing.assert_array_equal(prediction, label)
-        assert task.measure(prediction, volume) == {"dice": 1.0, "hd95_mm": 0.0}
+        measured = task.measure(prediction, volume)
+        assert (measured["dice"], measured["hd95_mm"], measured["surface_mm"]) == (1.0, 0.0, 0.0)
 
     @pytest.mark.parametrize("dimensions", [2, 3])
     def test_network_sees_windows_of_the_trained_size(self, dimensions):

@@ -119,6 +119,26 @@ def a_result(n_rounds: int = 12) -> dict:
     }
 
 
+def a_private_result() -> dict:
+    """The same of a plan with ``[privacy]`` that pays for test figures."""
+    result = a_result()
+    cost = {"epsilon": 1.9703, "delta": 1e-5}
+
+    def noised(value: float, half: float) -> dict:
+        return {"value": value, "interval": [value - half, value + half], "cost": cost}
+
+    result["test"] = {
+        "dice": noised(0.8283, 0.08),
+        "hd95_mm": noised(5.6821, 3.0),
+        "per_site": {
+            site: {"dice": noised(v["dice"], 0.1), "hd95_mm": noised(v["hd95_mm"], 4.0), "declared_size": 200}
+            for site, v in result["test"]["per_site"].items()
+        },
+    }
+    spent = {"unit": "patient", "epsilon": 7.93, "delta": 1e-5, "declared_size": 200}
+    return result | {"privacy": dict.fromkeys(SITES, spent), "scanners_sha256": "ab12" * 16, "released": "last"}
+
+
 def an_unfinished_result(n_rounds: int, **ending: str) -> dict:
     """What a run writes that broke off after some rounds."""
     result = {**a_result(n_rounds), "test": None, "comparison": None, **ending}
@@ -391,6 +411,36 @@ class TestRunReport:
         assert "epsilon of one patient delta" in text
         assert "200 7.93 1.0e-05" in text
         assert "No formal guarantee" not in text
+
+    def test_noised_figures_stand_with_their_interval_and_their_price(self, tmp_path):
+        """
+        In the tile, at each site, and in the list of what left; without them the page says that the plan pays for none.
+        """
+        result = a_private_result()
+
+        page = a_page(tmp_path, result)
+
+        assert "noise: 0.748 to 0.908" in page.text
+        assert any("noise: 0.761 to 0.961" in cell for row in page.table("sites") for cell in row.values())
+        assert "for an epsilon of 1.97" in page.text
+        assert "never left a station" not in page.text
+
+        result |= {"test": None, "comparison": None, "scanners_sha256": None}
+        text = a_page(tmp_path, result).text
+        assert "the plan pays for none" in text
+        assert "that is for emulated patients only" in text
+        assert "never left a station" in text
+
+    def test_private_comparison_says_what_each_model_is(self, tmp_path):
+        """
+        Own models at the same epsilon, the central one without privacy, all measured exactly on emulated patients.
+        """
+        page = a_page(tmp_path, a_private_result())
+
+        assert "Shared model, exactly" in page.table("sites")[0]
+        assert "trained alone with the same noise, rate and number of steps, so at the same epsilon" in page.text
+        assert "without noise and so without any privacy" in page.text
+        assert "exactly, which is for emulated patients only" in page.text
 
     def test_image_level_noise_is_shown_with_what_it_is_for_a_patient(self, tmp_path):
         """
