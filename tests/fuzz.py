@@ -60,7 +60,7 @@ class Findings:
 
 
 def seeds() -> tuple[list[bytes], list[bytes]]:
-    """Images, and all that is none. Files with a planted patient, where pydicom can write them again; the others as they are."""
+    """Images, and what is none: with a planted patient where pydicom can write them again, the others as they are."""
     images, others = [], []
     warnings.simplefilter("ignore")
     for name in sorted(get_testdata_files("**/*")):
