@@ -142,7 +142,7 @@ def nest(data: bytearray, rng: random.Random) -> bytes:
 
 def swap_syntax(data: bytearray, rng: random.Random) -> bytes:
     at = bytes(data).find(b"\x02\0\x10\0UI")
-    if at < 0:
+    if at < 0 or at + 8 > len(data):
         return data
     (length,) = struct.unpack_from("<H", data, at + 6)
     name = rng.choice(SYNTAXES).encode()
@@ -155,7 +155,7 @@ def swap_charset(data: bytearray, rng: random.Random) -> bytes:
     name = rng.choice(CHARSETS).encode()
     name += b" " * (len(name) % 2)
     element = b"\x08\0\x05\0CS" + struct.pack("<H", len(name)) + name
-    if at >= 0:
+    if 0 <= at <= len(data) - 8:
         (length,) = struct.unpack_from("<H", data, at + 6)
         return data[:at] + element + data[at + 8 + length :]
     return data
@@ -165,7 +165,7 @@ def claim(data: bytearray, rng: random.Random) -> bytes:
     """Sizes and depths that are not so."""
     group = rng.choice((0x0010, 0x0011, 0x0002, 0x0100, 0x0101, 0x0103))
     at = bytes(data).find(struct.pack("<HH2s", 0x0028, group, b"US"))
-    if at >= 0:
+    if 0 <= at <= len(data) - 10:
         data[at + 8 : at + 10] = struct.pack("<H", rng.choice((0, 1, 3, 7, 64, 4096, 16384, 65535)))
     return data
 

@@ -128,7 +128,7 @@ def opened(path: Path, tags: list[Any]) -> Opened:
 
 
 def _walked(head: bytes, tags: list[Any]) -> tuple[Dataset, UID, int] | None:
-    """The wanted elements of an ordinary header, eight times as fast as pydicom; None for any that is not ordinary.
+    """The wanted elements of an ordinary header, five times as fast as pydicom; None for any that is not ordinary.
 
     Ordinary is: a preamble, little endian, and all elements up to the pixels of stated length and within ``head``. Values
     are left to pydicom.
@@ -136,9 +136,10 @@ def _walked(head: bytes, tags: list[Any]) -> tuple[Dataset, UID, int] | None:
     if head[128:132] != b"DICM":
         return None
     meta = _elements(head, 132, frozenset({0x00020010}), is_implicit=False, end=0x00030000)
-    if meta is None or 0x00020010 not in meta[0]:
+    named = None if meta is None else meta[0].get(BaseTag(0x00020010))
+    if meta is None or named is None or named.value is None:
         return None
-    syntax = UID(meta[0][0x00020010].value.decode("ascii").rstrip("\0 "))
+    syntax = UID(named.value.decode("ascii").rstrip("\0 "))
     if not syntax.is_transfer_syntax or not syntax.is_little_endian or syntax.is_deflated:
         return None
     is_implicit = syntax == uid.ImplicitVRLittleEndian
@@ -147,7 +148,7 @@ def _walked(head: bytes, tags: list[Any]) -> tuple[Dataset, UID, int] | None:
         return None
     elements, at = found
     header = Dataset(elements)  # type: ignore[arg-type]
-    charset = elements.pop(0x00080005, None)
+    charset = elements.get(BaseTag(0x00080005))
     names = charset.value.decode("ascii").strip().split("\\") if charset is not None and charset.value else [""]
     header.set_original_encoding(is_implicit, True, convert_encodings([name.strip() for name in names]))
     return header, syntax, at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import warnings
 from pathlib import Path
 
 import dcm2niix
@@ -12,7 +13,7 @@ import pytest
 import SimpleITK
 from pydicom.data import get_testdata_files
 
-from client.data import dicom, reader
+from client.data import dicom, dicom_files, dicom_planes, reader
 from client.data.skips import Reason, UnusableError
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -158,6 +159,35 @@ EXPLAINED = {
     "mlut_18.dcm": "SimpleITK leaves the modality lookup table aside",
 }
 """Files whose values differ from SimpleITK's, and why."""
+
+
+class TestOrdinaryHeaders:
+    def test_walk_through_a_header_gives_what_pydicom_gives(self, monkeypatch):
+        """
+        Every file that pydicom ships, read the quick way where it is ordinary and pydicom's way: the same facts.
+        """
+
+        def said(path):
+            facts = []
+            for look in (dicom_files.describe, dicom_planes.layout):
+                try:
+                    facts.append(look(path))
+                except UnusableError as error:
+                    facts.append(error.reason)
+            return repr(facts)
+
+        paths = [Path(name) for name in get_testdata_files("**/*") if Path(name).is_file()]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quickly = [said(path) for path in paths]
+            n_ordinary = sum(
+                dicom_files._walked(path.read_bytes()[: dicom_files.HEAD], dicom_files.LAYOUT) is not None
+                for path in paths
+            )
+            monkeypatch.setattr(dicom_files, "_walked", lambda head, tags: None)
+            assert quickly == [said(path) for path in paths]
+
+        assert n_ordinary > 50
 
 
 class TestCatalogueOfTheFolder:
