@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -129,6 +130,7 @@ def main() -> None:
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
     arrays = _Arrays()
     abilities = _abilities(arrays.share)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

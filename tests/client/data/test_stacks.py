@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import SimpleITK
 from pydicom import Dataset, dcmread, dcmwrite
+from pydicom.data import get_testdata_file
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     CTImageStorage,
@@ -303,3 +307,19 @@ class TestContours:
             dicom.read_structures(self.write(tmp_path, regions), stack, ("background", "lesion"))
 
         assert error.value.reason is reason
+
+
+class TestDose:
+    def test_dose_grid_lies_where_its_offsets_say(self):
+        """
+        RT dose: frames by Grid Frame Offset Vector, in gray by Dose Grid Scaling; places as SimpleITK has them.
+        """
+        path = Path(get_testdata_file("rtdose.dcm"))
+
+        (stack,) = dicom.read_volumes([path])
+
+        image = SimpleITK.ReadImage(str(path))
+        assert stack.scan.shape == image.GetSize()[::-1]
+        np.testing.assert_allclose(stack.scan.affine[:3, 3], image.GetOrigin())
+        np.testing.assert_allclose(np.diag(stack.scan.affine)[:3], image.GetSpacing())
+        np.testing.assert_allclose(stack.scan.image[0], 1e-6 * SimpleITK.GetArrayFromImage(image), rtol=1e-6)
