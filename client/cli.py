@@ -280,7 +280,7 @@ def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False)
     for column in ("plan", "hash", "task", "rounds", "costs a patient", "offered", "here"):
         table.add_column(column)
     for one in listed:
-        kind = f"{one.plan.task.kind}: {', '.join(one.plan.task.named_labels)}"
+        kind = ": ".join(filter(None, (one.plan.task.kind, ", ".join(one.plan.task.named_labels))))
         table.add_row(
             one.plan.name,
             one.plan.sha256[:12],

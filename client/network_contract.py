@@ -91,9 +91,9 @@ def _volume(plan: Plan, seed: int) -> Volume:
     for k in range(1, len(plan.task.labels)):
         corner = [int(rng.integers(0, max(side - 3, 1))) for side in sides]
         label[tuple(slice(c, c + 3) for c in corner)] = k
-    image = rng.normal(size=(len(plan.data.channels), *sides)).astype(np.float32) + label
+    image = rng.normal(size=(plan.image_channels, *sides)).astype(np.float32) + label
     foreground = np.argwhere(label > 0).astype(np.int32)
-    category = seed % len(plan.task.labels)
+    category = seed % len(plan.task.labels) if plan.task.labels else None
     return Volume(image.astype(np.float32), label, foreground, (1.0, 1.0, 1.0), category)
 
 

@@ -239,7 +239,7 @@ class Station:
 
     def cohort(self, plan: Plan) -> Cohort:
         """The cohort prepared for ``plan``; C143 if it was never approved here."""
-        return Cohort.open(self._cohort_folder(plan))
+        return Cohort.open(self._cohort_folder(plan), self.name)
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""

@@ -76,10 +76,15 @@ accounts() {
 }
 
 program() { # without an NVIDIA GPU, PyTorch's build without CUDA: it is a tenth of the size
-    python3 -m venv --clear "$program"
+    rm -rf "$program.old"
+    [ ! -e "$program" ] || mv "$program" "$program.old"
+    trap 'rm -rf "$program"; [ ! -e "$program.old" ] || mv "$program.old" "$program"' EXIT # if the network fails, as before
+    python3 -m venv "$program"
     if [ "$role" = site ] && [ -e /dev/nvidiactl ]; then index=''; else index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}; fi
     "$program/bin/pip" install -c "$here/../constraints.txt" --no-deps ${index:+--index-url "$index"} torch
     "$program/bin/pip" install -c "$here/../constraints.txt" "$here/..[$role]"
+    trap - EXIT
+    rm -rf "$program.old"
 }
 
 folders() {
@@ -98,11 +103,18 @@ settings() { # services, and the command for the administrator
             ${anchor:+-e "/^ReadWritePaths=.*station/s#\$# $anchor#"} \
             "$here/systemd/$unit.service" >"$root/etc/systemd/system/$unit.service"
     done
+    if [ "$role" = site ] && [ ! -e "$root/etc/federad/site.env" ]; then # for the courier and the command
+        install -d "$root/etc/federad"
+        echo '#HTTPS_PROXY=http://proxy.hospital.example:3128' >"$root/etc/federad/site.env"
+        chmod 600 "$root/etc/federad/site.env" # a login may stand in it
+    fi
     command=$root/usr/local/bin/federad-$role
     {
         printf '#!/bin/sh\nexport FEDERAD_TYPED="sudo federad-%s" FEDERAD_START="sudo systemctl enable --now %s"\n' "$role" "$units"
         case $role in
-        site) printf 'FEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" ;;
+        site)
+            printf 'if [ -r /etc/federad/site.env ]; then set -a; . /etc/federad/site.env; set +a; fi\n'
+            printf 'FEDERAD_SITE=%s exec %s/bin/federad-site "$@"\n' "$folder" "$program" ;;
         server) # as the account that the folder belongs to
             printf 'exec setpriv --reuid=federad --regid=federad --init-groups \\\n'
             printf '    env HOME=%s FEDERAD_SERVER=%s %s/bin/federad-server "$@"\n' "$folder" "$folder" "$program" ;;

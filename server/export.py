@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Release
-from shared_models.tasks import OF_WHOLE_STUDIES
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
 from shared_models.tasks.classification import SHARPNESS, as_seen
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
@@ -68,6 +68,8 @@ def export(release: Release, target: Path, *, with_pickle: bool = False) -> floa
     float
         Largest error that the check found [logits].
     """
+    if (kind := release.plan().task.kind) in OF_KSPACE:
+        raise _undescribed(f'kind = "{kind}"')
     if target.suffix.lower() == ONNX_SUFFIX:
         return export_onnx(release, target)
     return export_monai_bundle(release, target, with_pickle=with_pickle)
@@ -643,7 +645,10 @@ def _not_written(target: Path, why: str) -> FederadError:
 def _undescribed(key: str) -> FederadError:
     return FederadError(
         "P104",
-        happened=f"This version cannot write a MONAI bundle of a plan with {key}.",
-        because="A bundle says in MONAI's words how to prepare an image and read the output; a guess would mislead.",
-        remedies=("export to ONNX instead: --to NAME.onnx", "or use the release itself"),
+        happened=f"This version cannot write an export of this kind of a plan with {key}.",
+        because="An export says in others' words how to prepare an image and read the output; a guess would mislead.",
+        remedies=(
+            "export to ONNX instead: --to NAME.onnx (not for reconstruction, whose k-space is complex)",
+            "or use the release itself",
+        ),
     )

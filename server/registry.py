@@ -329,7 +329,7 @@ def _intended_use(plan: Plan) -> str:
     grid = "volumes" if data.dimensions == 3 else "planes"
     spacing = f" on a grid of {' x '.join(f'{mm:g}' for mm in data.spacing_mm)} mm" if data.spacing_mm else ""
     return (
-        f"Research: {plan.task.kind} of {labels} in {grid} of modality {data.modality}{spacing}, from "
+        f"Research: {plan.task.kind} of {labels or 'k-space'} in {grid} of modality {data.modality}{spacing}, from "
         f"{', '.join(data.channels)}. Not a medical device; not for decisions about patients."
     )
 

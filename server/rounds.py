@@ -415,8 +415,11 @@ class Rounds:
         return Outcome(self._records, best_round, best, self._weights, tested, dict(sorted(self._cost.items())))
 
     def weight_of(self, answer: Answer) -> int:
-        """How much an update counts: by patients, or all alike under ``[privacy]``, where no number of patients leaves."""
-        return 1 if self.plan.privacy is not None else answer.counts.get("trained", 0)
+        """How much an update counts: by patients, or all alike if the plan says so or ``[privacy]`` hides their number."""
+        if self.plan.privacy is not None:
+            return 1
+        trained = answer.counts.get("trained", 0)
+        return min(trained, 1) if self.plan.strategy.weighting == "equal" else trained
 
     def tell(self, what: Any, question: Question, **details: Any) -> None:
         """Report progress on a question."""

@@ -21,6 +21,7 @@ TITLES: dict[str, str] = {
     "C115": "the process that reads image files cannot be started",
     "C116": "the table of patients cannot be used",
     "C117": "the device in site.toml is not there",
+    "P105": "the acceleration leaves no centre of k-space",
     "C134": "what a site keeps for itself of a run is damaged",
     "C140": "no usable images were found in the data folder",
     "C141": "the plan needs data that this site does not have",

@@ -19,9 +19,9 @@ from pydantic.fields import FieldInfo
 
 from shared_models.configuration import divisors
 from shared_models.errors import FederadError
-from shared_models.networks import NETWORKS, NETWORKS_FOR, WITH_NORMS
+from shared_models.networks import NETWORKS, NETWORKS_FOR, NETWORKS_FOR_ANY_SIZE, WITH_NORMS
 from shared_models.registry import one_of
-from shared_models.tasks import OF_WHOLE_STUDIES, TASKS
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, TASKS
 
 NOT_YET = ("adaptation", "secure_sum")
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
@@ -31,13 +31,25 @@ WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per
 
 READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "label_attribute"): ("classification",),
-    ("task", "residual_units"): ("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
+    ("task", "residual_units"): (
+        *("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
+        *("varnet", "image-unet"),
+    ),
     ("task", "sharpness"): ("classification",),
     ("task", "target"): ("classification",),
     ("task", "views"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "loss"): ("segmentation",),
     ("training", "class_weights"): ("segmentation", "classification"),
+    ("task", "reference"): ("reconstruction",),
+    ("task", "mask"): ("reconstruction",),
+    ("task", "acceleration"): ("reconstruction",),
+    ("task", "site_acceleration"): ("reconstruction",),
+    ("task", "centre_fraction"): ("reconstruction",),
+    ("task", "cascades"): ("cascade", "varnet"),
+    ("task", "consistency"): ("cascade",),
+    ("data", "coils"): ("reconstruction",),
+    ("data", "simulated"): ("reconstruction",),
 }
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
 
@@ -65,6 +77,12 @@ class _ContradictionError(ValueError):
         self.key, self.happened, self.because, self.remedy = key, happened, because, remedy
 
 
+def _none_or_several(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) == 1:
+        raise ValueError("one label alone tells nothing apart")
+    return names
+
+
 class _Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -79,10 +97,9 @@ class TaskTable(_Table):
     kind: Annotated[str, AfterValidator(one_of(TASKS))] = Field(
         description=f"the kind of task, one of: {', '.join(TASKS)}"
     )
-    labels: tuple[str, ...] = Field(
-        min_length=2,
+    labels: Annotated[tuple[str, ...], AfterValidator(_none_or_several)] = Field(
         max_length=256,
-        description='names of the label values 0, 1, ...: in segmentation the first is "background"',
+        description='names of the label values 0, 1, ..., at least 2: in segmentation the first is "background"',
     )
     network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(
         description=f"the network, one of: {', '.join(NETWORKS)}"
@@ -91,7 +108,7 @@ class TaskTable(_Table):
         default=(16, 32, 64, 128),
         min_length=2,
         max_length=7,
-        description="features at each depth, e.g. [16, 32, 64, 128]",
+        description="features at each depth, e.g. [16, 32, 64, 128]; of a cascade, of each layer of its networks",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
     sharpness: float | None = Field(
@@ -113,6 +130,33 @@ class TaskTable(_Table):
         pattern=r"^[A-Z][A-Za-z]{0,62}$",
         description='keyword of the DICOM attribute that holds the label, such as "BodyPartExamined"; leave it out to '
         "take labels from labels.csv or from folders",
+    )
+    reference: Literal["complex", "magnitude"] = Field(
+        default="complex",
+        description='what images are compared with: "complex" coil images, or the "magnitude" of all coils',
+    )
+    mask: Literal["variable-density", "equispaced", "radial"] = Field(
+        default="variable-density",
+        description='which samples are measured: "variable-density", "equispaced" or "radial"',
+    )
+    acceleration: Annotated[float, Field(ge=2, le=16)] = Field(
+        default=4.0, description="samples of the full k-space over measured ones, 2 to 16"
+    )
+    site_acceleration: tuple[tuple[str, Annotated[float, Field(ge=2, le=16)]], ...] | None = Field(
+        default=None,
+        description='sites that measure another share, such as [["site-1", 4.0], ["site-2", 8.0]]',
+    )
+    centre_fraction: float = Field(
+        default=0.08,
+        gt=0,
+        le=0.5,
+        description="share of lines side by side in the centre of k-space, below 1/acceleration",
+    )
+    cascades: int = Field(default=5, ge=1, le=20, description="networks of the cascade, one after the other, 1 to 20")
+    consistency: Literal["noiseless", "noisy", "none"] = Field(
+        default="noiseless",
+        description='what each step of a cascade does to measured samples: "noiseless" returns them, "noisy" draws towards '
+        'them, "none" nothing',
     )
 
     @property
@@ -162,6 +206,11 @@ class DataTable(_Table):
         min_length=1,
         description='input channels: sequence names such as ["flair", "t1c"]; "image" takes the only one there is, '
         '["red", "green", "blue"] a colour photograph',
+    )
+    coils: int = Field(default=1, ge=1, le=64, description="receiver coils of the k-space, 1 to 64")
+    simulated: bool = Field(
+        default=False,
+        description="whether magnitude images stand in for k-space, with a phase and coils that are made up: true or false",
     )
     split: SplitTable = Field(default_factory=SplitTable, description="shares for train, validation and test")
 
@@ -220,6 +269,10 @@ class StrategyTable(_Table):
         default="fedavg",
         description='"fedavg", "fedprox", "fedadam", "fedyogi", "scaffold", or one whose models differ between sites: '
         '"fedbn", "ditto"',
+    )
+    weighting: Literal["equal"] | None = Field(
+        default=None,
+        description='"equal" lets every site count alike, as [privacy] always does; leave it out to count patients',
     )
     minimum_sites: int = Field(default=2, ge=1, le=10_000, description="a round with fewer good replies pauses the run")
     deadline_s: float = Field(default=3600.0, gt=0, le=7 * 86_400, description="seconds a round waits for its sites")
@@ -522,6 +575,8 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _patch_fits_network(self) -> Self:
+        if self.task.network in NETWORKS_FOR_ANY_SIZE:
+            return self
         n_depths, patch = len(self.task.channels), self.data.patch
         factors: tuple[int, ...] = (2 ** (n_depths - 1),) * len(patch)
         if self.task.network == "dynunet":
@@ -587,16 +642,27 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _labels_are_names(self) -> Self:
+        if self.task.kind in OF_KSPACE:
+            if self.task.labels:
+                raise _ContradictionError(
+                    "task.labels",
+                    f'labels = {list(self.task.labels)} with kind = "{self.task.kind}"',
+                    "Nothing is labelled where a plan begins at k-space, so the key would be ignored.",
+                    "remove labels from [task]",
+                )
+            return self
         is_drawn = self.task.kind not in OF_WHOLE_STUDIES
         names = {label.strip().lower() for label in self.task.labels}
-        if is_drawn and (self.task.labels[0] != "background" or len(set(self.task.labels)) != len(self.task.labels)):
+        if is_drawn and (
+            self.task.labels[:1] != ("background",) or len(set(self.task.labels)) != len(self.task.labels)
+        ):
             raise _ContradictionError(
                 "task.labels",
                 f"labels = {list(self.task.labels)}",
                 "Label 0 is everything that nobody drew, and every name stands for one value.",
                 'start the list with "background" and name each label once',
             )
-        if not is_drawn and (len(names) != len(self.task.labels) or "" in names):
+        if not is_drawn and (len(names) != len(self.task.labels) or not names or "" in names):
             raise _ContradictionError(
                 "task.labels",
                 f"labels = {list(self.task.labels)}",
@@ -639,6 +705,70 @@ class Plan(_Table):
                 f"give {len(self.task.labels)} numbers, in the order of task.labels",
             )
         return self
+
+    @model_validator(mode="after")
+    def _kspace_is_planar(self) -> Self:
+        if self.task.kind not in OF_KSPACE:
+            return self
+        wrong = {
+            "dimensions": (self.data.dimensions != 2, "slices are reconstructed one by one", "dimensions = 2"),
+            "spacing_mm": (
+                self.data.spacing_mm is not None,
+                "k-space has the grid it was measured on",
+                "no spacing_mm",
+            ),
+            "channels": (self.data.channels != ("image",), "coils take the place of sequences", 'channels = ["image"]'),
+            "modality": (self.data.modality != "MR", "nothing else has k-space", 'modality = "MR"'),
+        }
+        for key, (is_wrong, because, remedy) in wrong.items():
+            if is_wrong:
+                raise _ContradictionError(
+                    f"data.{key}",
+                    f'{key} = {json.dumps(getattr(self.data, key))} with kind = "{self.task.kind}"',
+                    f"Where a plan begins at k-space, {because}.",
+                    f"write {remedy} under [data]",
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _centre_is_measured(self) -> Self:
+        if self.task.kind not in OF_KSPACE:
+            return self
+        named = [("acceleration", self.task.acceleration)]
+        named += [(f"site_acceleration of {site}", value) for site, value in self.task.site_acceleration or ()]
+        for key, acceleration in named:
+            if self.task.centre_fraction >= 1 / acceleration:
+                raise _ContradictionError(
+                    "task.centre_fraction",
+                    f"centre_fraction = {self.task.centre_fraction:g} with {key} = {acceleration:g}",
+                    "The centre alone would be more than what is measured.",
+                    f"set centre_fraction below {1 / acceleration:.3g}, or a lower acceleration",
+                )
+        sites = [site for site, _ in self.task.site_acceleration or ()]
+        if len(set(sites)) != len(sites):
+            raise _ContradictionError(
+                "task.site_acceleration",
+                f"site_acceleration = {json.dumps(self.task.site_acceleration)}",
+                "Every site measures one share.",
+                "name each site once",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _coils_fit_network(self) -> Self:
+        if self.task.network == "varnet" and self.data.coils == 1:
+            raise _ContradictionError(
+                "data.coils",
+                'coils = 1 with network = "varnet"',
+                "It estimates the sensitivities of several coils, and one coil has none.",
+                'set network = "cascade" under [task], or the number of coils under [data]',
+            )
+        return self
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of a prepared image: one for each name, or two (real, imaginary) for each coil of k-space."""
+        return 2 * self.data.coils if self.task.kind in OF_KSPACE else len(self.data.channels)
 
     @property
     def sha256(self) -> str:
@@ -716,7 +846,8 @@ class Plan(_Table):
                     remedies=(f"remove [{table}] to run without it", "or wait for a release whose CHANGELOG names it"),
                 )
         try:
-            return cls.model_validate_json(json.dumps(_completed(tables, name), default=_not_json))
+            complete = _with_no_labels(_completed(tables, name))
+            return cls.model_validate_json(json.dumps(complete, default=_not_json))
         except ValidationError as error:
             raise _as_federad_error(cls, error, name) from None
 
@@ -741,6 +872,14 @@ def _completed(tables: dict[str, Any], name: str) -> dict[str, Any]:
                 remedies=(f"remove {key} from [training]; {instead} under [privacy] says it",),
             )
     return {**tables, "strategy": {"release": "last", **strategy}}
+
+
+def _with_no_labels(tables: dict[str, Any]) -> dict[str, Any]:
+    """The tables, with ``task.labels`` said to be none where nothing is labelled and nobody says it."""
+    task = tables.get("task")
+    if not isinstance(task, dict) or "labels" in task or str(task.get("kind")) not in OF_KSPACE:
+        return tables
+    return {**tables, "task": {**task, "labels": []}}
 
 
 def _not_json(value: object) -> dict[str, str]:

@@ -54,6 +54,9 @@ class Picture:
     caption: str = ""
     """Reference and prediction in words, where outlines do not show them."""
 
+    panels: tuple[str, ...] = ()
+    """What the parts of ``image`` are that lie side by side, from the left; empty for a single image."""
+
 
 class Task(ABC):
     """What is learned, and how it is judged.
@@ -104,6 +107,14 @@ class Task(ABC):
     def measure(self, prediction: NDArray[np.generic], volume: Volume) -> dict[str, float]:
         """Numbers about one predicted volume, finite, always the same names; their means over a patient's studies
         describe the patient."""
+
+    def classical(self, volume: Volume) -> dict[str, NDArray[np.generic]]:
+        """Predictions for ``volume`` by methods that learn nothing, by name: what a network is set beside. Empty here."""
+        return {}
+
+    def card(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> dict[str, float]:
+        """How steady ``network`` is on ``volume``, in numbers that no training asked for; empty here."""
+        return {}
 
     def summary(self, patients: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Each of :attr:`metrics` for a set of patients, from what :meth:`measure` says of each; empty for no patients.

@@ -20,7 +20,9 @@ class Volume:
     """
 
     image: NDArray[np.float32]
-    """Normalised intensities [standard deviations of this image], ``(channel, z, y, x)``; may be a read-only memory map."""
+    """Normalised intensities [standard deviations of this image], ``(channel, z, y, x)``; may be a read-only memory map.
+    Where a plan begins at k-space: fully sampled coil images, real and imaginary part of one coil after the other, in units
+    of the study's largest magnitude."""
 
     label: NDArray[np.uint8] | None
     """Index into the plan's ``labels`` for each voxel, ``(z, y, x)``; None where nobody has drawn a reference."""
@@ -33,6 +35,12 @@ class Volume:
 
     category: int | None = None
     """Index into the plan's ``labels`` for the whole study; None where a plan labels voxels."""
+
+    key: str = ""
+    """Key of the study, from which a task draws what evaluation leaves to chance."""
+
+    site: str = ""
+    """Name of the site, for what a plan says of single sites."""
 
 
 def crop(array: NDArray[np.generic], corner: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:

@@ -30,14 +30,16 @@ from shared_models.messages import Question
 from shared_models.plan import OF_EACH_SITE, Plan
 from shared_models.seeds import derive
 from shared_models.start import first_weights
-from shared_models.task import Picture, Task
+from shared_models.task import Picture, Task, mean_metrics
 from shared_models.volume import Volume
-from shared_models.weights import Weights, averaged, decode, encode
+from shared_models.weights import Weights, averaged, decode, encode, load_weights
 from simulation.processes import process_pool
 from simulation.stations import SiteFolder, cohort_of, open_station
 
 DEVICE = "auto"
 
+N_CARDS = 1
+"""Test patients of a site on whom a model's stability is looked at: a search for the worst takes as long as training."""
 N_RESAMPLES = 1000
 """Sets of patients that are drawn for an interval."""
 
@@ -284,6 +286,35 @@ def baselines(
             on_done(futures[future])
     order = [name for name, _ in jobs]
     return sorted(rows, key=lambda row: order.index(row.method))
+
+
+def classical_rows(plan: Plan, sites: Sequence[SiteFolder]) -> list[Row]:
+    """The task's methods that learn nothing, on every site's test patients; none where the task has none."""
+    task = resident_trainer(plan, DEVICE).task
+    per_method: dict[str, dict[str, dict[str, float]]] = {}
+    for site in sites:
+        cohort = cohort_of(site, plan)
+        measured: dict[str, list[dict[str, float]]] = {}
+        for patient in cohort.patients("test"):
+            of_patient: dict[str, list[dict[str, float]]] = {}
+            for volume in map(cohort.volume, patient.studies):
+                for name, prediction in task.classical(volume).items():
+                    of_patient.setdefault(name, []).append(task.measure(prediction, volume))
+            for name, studies in of_patient.items():
+                measured.setdefault(name, []).append(mean_metrics(studies))
+        for name, patients in measured.items():
+            per_method.setdefault(name, {})[site.name] = task.summary(patients)
+    return [Row(name, per_site) for name, per_site in per_method.items()]
+
+
+def stability_cards(plan: Plan, site: SiteFolder, encoded: bytes) -> list[dict[str, float]]:
+    """The task's cards of a site's first test patients under ``encoded`` weights; empty where the task has none."""
+    trainer, cohort = resident_trainer(plan, DEVICE), cohort_of(site, plan)
+    load_weights(trainer.network, decode(encoded)[0])
+    trainer.network.eval()
+    chosen = cohort.patients("test")[:N_CARDS]
+    cards = [trainer.task.card(trainer.network, cohort.volume(one.studies[0]), trainer.device) for one in chosen]
+    return [card for card in cards if card]
 
 
 def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[TestPatient, Picture]]:

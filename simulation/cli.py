@@ -240,6 +240,7 @@ def show_result(result: dict[str, Any], out: Path) -> None:
         metric, tested = result["headline"], result["test"]
         values = {site: figures.get(metric) for site, figures in tested["per_site"].items()}
         rows = [{"method": "federated", "per_site": values, "mean": tested.get(metric)}]
+    rows = [*result.get("classical", []), *rows]
     sites = [site["name"] for site in result["sites"]]
     for site in [*sites, "mean"]:
         table.add_column(site, justify="right")

@@ -1,4 +1,4 @@
-"""Emulated hospitals: folders of real DICOM files, as a hospital would export them.
+"""Emulated hospitals: folders of real DICOM files as a hospital would export them, or of k-space where plans begin there.
 
 Every hospital has one scanner and its own patients. A study is one series of classic MR images, one file per slice, with
 the outline of the lesions as a DICOM Segmentation that refers to them::
@@ -32,7 +32,9 @@ from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_ui
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.seeds import generator
+from shared_models.tasks import OF_KSPACE
 from simulation.atlas import HEAD_HEIGHT_MM, Grid
+from simulation.kspace import NOISE_SHARE, coil_images, write_study
 from simulation.patients import EmulatedPatient
 from simulation.processes import process_pool
 from simulation.scanners import SCANNERS, Scanner, acquire, scanners_sha256
@@ -78,6 +80,8 @@ class _Assignment:
     label: str
     folder: Path
     prevalence: float | None
+    n_coils: int | None
+    """Receivers whose k-space is written; None for DICOM."""
 
     @property
     def has_lesions(self) -> bool:
@@ -129,14 +133,22 @@ def emulate(
         return hospitals
     with _filled_afresh(folder, manifest):
         assignments = [
-            _Assignment(EmulatedPatient(seed, number, index), hospital.scanner, grid, label, hospital.folder, share)
+            _Assignment(
+                EmulatedPatient(seed, number, index),
+                hospital.scanner,
+                grid,
+                label,
+                hospital.folder,
+                share,
+                _coils(plan),
+            )
             for number, (hospital, share) in enumerate(zip(hospitals, prevalence, strict=True), start=1)
             for index in range(1, plan.simulation.patients + 1)
         ]
         for done, _ in enumerate(_each(assignments, workers), start=1):
             if progress is not None:
                 progress(done, len(assignments))
-        for hospital in hospitals if prevalence[0] is not None else ():
+        for hospital in hospitals if prevalence[0] is not None and plan.task.labels else ():
             of_hospital = [one for one in assignments if one.folder == hospital.folder]
             _write_labels(hospital.folder / "labels.csv", of_hospital, plan.task.labels[:2])
     return hospitals
@@ -173,7 +185,14 @@ def _grid(plan: Plan) -> Grid:
     return Grid.slab(plan.simulation.slices, (z, y, x))
 
 
+def _coils(plan: Plan) -> int | None:
+    """Receivers of an emulated scanner, where plans begin at their k-space."""
+    return plan.data.coils if plan.task.kind in OF_KSPACE else None
+
+
 def _lesion_label(plan: Plan) -> str:
+    if plan.task.kind in OF_KSPACE:
+        return "lesion"
     if len(plan.task.labels) > 2:
         raise FederadError(
             "R230",
@@ -219,8 +238,13 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         "scanners_sha256": scanners_sha256(),
         "grid": asdict(_grid(plan)),
     }
+    if (n_coils := _coils(plan)) is not None:
+        inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
     if plan.simulation.prevalence is not None:
-        inputs |= {"prevalence": _dealt_prevalence(plan, n_sites), "without": plan.task.labels[0]}
+        inputs |= {
+            "prevalence": _dealt_prevalence(plan, n_sites),
+            "without": plan.task.labels[0] if plan.task.labels else "",
+        }
     sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return {"emulated": True, "sha256": sha256, "inputs": inputs}
 
@@ -235,7 +259,7 @@ def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _count_files(folder: Path) -> int:
-    return sum(1 for site in folder.glob("site-*") for _ in site.rglob("*.dcm"))
+    return sum(1 for site in folder.glob("site-*") for ending in ("*.dcm", "*.h5") for _ in site.rglob(ending))
 
 
 @contextmanager
@@ -284,7 +308,7 @@ def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[None]:
 
 def _write_patient(assignment: _Assignment) -> None:
     for study in range(1, assignment.patient.n_studies + 1):
-        _write_study(assignment, study)
+        (_write_study if assignment.n_coils is None else _write_kspace)(assignment, study)
 
 
 def _write_labels(path: Path, assignments: Sequence[_Assignment], names: Sequence[str]) -> None:
@@ -308,6 +332,17 @@ def _write_study(assignment: _Assignment, study: int) -> None:
         dcmwrite(folder / f"im-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
     segmentation = _segmentation(assignment, study, series, anatomy.lesion_mask)
     dcmwrite(folder / "seg.dcm", segmentation, enforce_file_format=True)
+
+
+def _write_kspace(assignment: _Assignment, study: int) -> None:
+    """The study as ``<patient>/study-<n>.h5``."""
+    patient, grid, n_coils = assignment.patient, assignment.grid, assignment.n_coils or 1
+    anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
+    random = generator("k-space", patient.seed, patient.site, patient.index, study, assignment.scanner)
+    scanner = SCANNERS[assignment.scanner]
+    images = coil_images(scanner, anatomy.tissues, grid.spacing_mm, n_coils, random)
+    path = assignment.folder / patient.patient_id / f"study-{study}.h5"
+    write_study(path, images, grid.spacing_mm, scanner, patient.patient_id)
 
 
 def _uid(assignment: _Assignment, *what: object) -> UID:

@@ -31,9 +31,17 @@ from server.results import result_of
 from server.rounds import Outcome, Progress
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.task import task_for
+from shared_models.task import mean_metrics, task_for
 from shared_models.weights import encode
-from simulation.baselines import Row, baselines, encoded, shared_rows, show_patients
+from simulation.baselines import (
+    Row,
+    baselines,
+    classical_rows,
+    encoded,
+    shared_rows,
+    show_patients,
+    stability_cards,
+)
 from simulation.consortium import emulate
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -67,6 +75,9 @@ class Request:
     data: Path | None = None
     """A folder with one folder of images for each site, or a MedMNIST file that is dealt to sites; None emulates
     hospitals."""
+
+    sites: tuple[str, ...] = ()
+    """Folders in ``data`` that take part; empty for all, or for the first ``n_sites``."""
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
@@ -160,6 +171,10 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
         result |= report_outcome(request, folder, outcome)
         if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
+        if request.plan.privacy is None and (classical := learn_nothing(request, sites, watcher)):
+            result["classical"] = classical
+        if request.plan.privacy is None and (card := find_stability(request, sites, outcome)):
+            result["stability"] = card
         take_pictures(request, sites, outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
@@ -199,7 +214,9 @@ def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
-        needed = request.n_sites or request.plan.strategy.minimum_sites
+        if request.sites:
+            folders = [path for path in folders if path.name in request.sites]
+        needed = len(request.sites) or request.n_sites or request.plan.strategy.minimum_sites
         if len(folders) < needed:
             raise impossible(
                 f"{request.data} holds {len(folders)} folders, and the run needs {needed}.",
@@ -290,6 +307,7 @@ def describe_site(plan: Plan, site: SiteFolder) -> dict[str, Any]:
         "scanner": ", ".join(cohort.scanners) or "unknown",
         "patients": {split: len(cohort.patients(split)) for split in ("train", "validation", "test")},
         "skipped": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        **({"simulated": cohort.n_simulated} if cohort.n_simulated else {}),
     }
 
 
@@ -340,22 +358,38 @@ def compare(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher
     personal_own, personal_elsewhere = local_means(rows, metric, "personal")
     return {
         "metric": metric,
-        "rows": [
-            {
-                "method": row.method,
-                "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
-                "interval": row.interval,
-                "metrics": row.per_site,
-                "mean": row.mean(metric),
-            }
-            for row in rows
-        ],
+        "rows": [describe_row(row, metric) for row in rows],
         "local_own": own,
         "local_elsewhere": elsewhere,
         "personal_own": personal_own,
         "personal_elsewhere": personal_elsewhere,
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def describe_row(row: Row, metric: str) -> dict[str, Any]:
+    """One method, with ``metric`` at each site and its mean."""
+    return {
+        "method": row.method,
+        "per_site": {site: m[metric] for site, m in row.per_site.items() if metric in m},
+        "interval": row.interval,
+        "metrics": row.per_site,
+        "mean": row.mean(metric),
+    }
+
+
+def learn_nothing(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[dict[str, Any]]:
+    """The task's methods without a network, on every site's test patients; empty where it has none."""
+    watcher.stage("methods without learning", len(sites))
+    metric = task_for(request.plan).headline
+    return [describe_row(row, metric) for row in classical_rows(request.plan, sites)]
+
+
+def find_stability(request: Request, sites: list[SiteFolder], outcome: Outcome) -> dict[str, dict[str, float]]:
+    """The mean stability card of each site; empty for tasks without one."""
+    weights = encoded(outcome.best)
+    cards = {site.name: stability_cards(request.plan, site, weights) for site in sites}
+    return {name: mean_metrics(of_site) for name, of_site in cards.items() if of_site}
 
 
 def local_means(rows: list[Row], metric: str, which: str = "local") -> tuple[float | None, float | None]:
@@ -402,6 +436,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
                         shows: patient.metrics[shows],
                         "caption": picture.caption,
                         "pixel_mm": list(picture.pixel_mm),
+                        "panels": list(picture.panels),
                     }
                 )
             )

@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from shared_models.networks import NETWORKS_FOR
 from shared_models.plan import Plan
 from shared_models.task import Task, task_for
-from shared_models.tasks import OF_WHOLE_STUDIES, TASKS
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, TASKS
 from shared_models.volume import Volume
 from shared_models.weights import initial_weights, load_weights, weights_of
 
 TASK_TABLES: dict[str, dict[str, Any]] = {
     "segmentation": {"labels": ["background", "lesion", "edema"]},
     "classification": {"labels": ["healthy", "lesion", "edema"]},
+    "reconstruction": {"acceleration": 2.0, "centre_fraction": 0.25},
 }
-"""For each task, the keys of ``[task]`` that have no default."""
+"""For each task, the keys of ``[task]`` that have no default, or none that fits eight pixels."""
+
+DATA_TABLES: dict[str, dict[str, Any]] = {"reconstruction": {"coils": 2}}
+"""For some tasks, more keys of ``[data]``."""
 
 Batch = tuple[Tensor, Tensor]
 """Images and targets of a few patients, as the training loop stacks them."""
@@ -33,7 +37,12 @@ Batch = tuple[Tensor, Tensor]
 
 def every_case() -> list[tuple[str, str, int]]:
     """(task, network, dimensions) for everything that a plan can name."""
-    return [(task, network, n) for task in TASKS for network in NETWORKS_FOR[task] for n in (2, 3)]
+    return [
+        (task, network, n)
+        for task in TASKS
+        for network in NETWORKS_FOR[task]
+        for n in ((2,) if task in OF_KSPACE else (2, 3))
+    ]
 
 
 def example_plan(
@@ -42,7 +51,12 @@ def example_plan(
     """The smallest plan of a kind; ``tables`` change or add keys."""
     base: dict[str, dict[str, Any]] = {
         "task": {"kind": kind, "network": network or NETWORKS_FOR[kind][0], "channels": [4, 8], **TASK_TABLES[kind]},
-        "data": {"modality": "MR", "dimensions": dimensions, "patch": [8] * dimensions},
+        "data": {
+            "modality": "MR",
+            "dimensions": dimensions,
+            "patch": [8] * dimensions,
+            **DATA_TABLES.get(kind, {}),
+        },
     }
     merged = {name: {**base.get(name, {}), **tables.get(name, {})} for name in base.keys() | tables.keys()}
     return Plan.from_tables({"name": "example", "rounds": 1, **json.loads(json.dumps(merged))})
@@ -53,14 +67,15 @@ def example_volume(plan: Plan, seed: int = 0, sides: tuple[int, int, int] | None
     given."""
     rng = np.random.default_rng(seed)
     sides = sides or (1, 1, 1)[: 3 - plan.data.dimensions] + plan.data.patch
-    image = rng.normal(size=(len(plan.data.channels), *sides)).astype(np.float32)
+    image = rng.normal(size=(plan.image_channels, *sides)).astype(np.float32)
     label = np.zeros(sides, np.uint8)
     for k in range(1, len(plan.task.labels)):
         z, y, x = (int(rng.integers(0, max(side - 3, 1))) for side in sides)
         label[z : z + 3, y : y + 3, x : x + 3] = k
     image += 3 * label
     foreground = np.argwhere(label > 0).astype(np.int32)
-    return Volume(image, label, foreground, (3.0, 1.0, 1.5), seed % len(plan.task.labels))
+    category = seed % len(plan.task.labels) if plan.task.labels else None
+    return Volume(image, label, foreground, (3.0, 1.0, 1.5), category, key=str(seed))
 
 
 def example_batch(task: Task, n_patients: int = 4) -> Batch:
@@ -141,13 +156,15 @@ def assert_output_keeps_the_grid(network: nn.Module, image: Tensor) -> None:
 
 
 def assert_output_fits_the_task(task: Task, network: nn.Module, image: Tensor) -> None:
-    """A value of each label for every voxel, or for every place of a coarser map where studies are labelled as a whole."""
+    """A value of each label for every voxel, or for every place of a coarser map where studies are labelled as a whole;
+    each coil's image where nothing is labelled."""
     if task.plan.task.kind not in OF_WHOLE_STUDIES:
         assert_output_keeps_the_grid(network, image)
     with torch.inference_mode():
         output = network.eval()(image)
 
-    assert output.shape[:2] == (image.shape[0], len(task.plan.task.labels))
+    n_values = len(task.plan.task.labels) or task.plan.image_channels
+    assert output.shape[:2] == (image.shape[0], n_values)
     assert output.ndim == image.ndim
 
 
@@ -177,7 +194,7 @@ def assert_measures_what_it_names(task: Task) -> None:
     patient alone each of those that may leave with noise."""
     network = task.build_network().eval()
     patients = []
-    for seed in range(len(task.plan.task.labels)):
+    for seed in range(len(task.plan.task.labels) or 2):
         volume = example_volume(task.plan, seed, sides=(5, 11, 13))
         with torch.inference_mode():
             patients.append(task.measure(task.predict(network, volume, torch.device("cpu")), volume))

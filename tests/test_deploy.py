@@ -288,6 +288,25 @@ class TestServices:
         assert all((installed / f"etc/systemd/system/{unit}.service").exists() for unit in units)
         subprocess.run(["sh", "-n", installed / f"usr/local/bin/federad-{role}"], check=True)
 
+    def test_proxy_stands_in_one_file(self, tmp_path):
+        """
+        The courier's service and the administrator's command read the same file, which only root may, since a login may be
+        in it; what stands in it already stays.
+        """
+        install(tmp_path, "site")
+        settings = tmp_path / "etc/federad/site.env"
+        assert settings.stat().st_mode & 0o777 == 0o600
+        assert "EnvironmentFile=-/etc/federad/site.env" in (DEPLOY / "systemd/federad-courier.service").read_text()
+
+        command = (tmp_path / "usr/local/bin/federad-site").read_text()
+        shown = command.replace("/etc/federad", str(settings.parent)).replace("exec /opt", "exec env #")
+        settings.write_text("HTTPS_PROXY=http://hospital:secret@proxy:3128\n")
+        told = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True, env={"PATH": os.defpath})
+        install(tmp_path, "site")
+
+        assert "HTTPS_PROXY=http://hospital:secret@proxy:3128\n" in told.stdout
+        assert settings.read_text().startswith("HTTPS_PROXY=")
+
     @pytest.mark.parametrize("path", ["images", "/srv/my images", "/srv/a#b", "/srv/$(id)", "/srv/a&b"])
     def test_path_that_a_unit_could_misread_is_refused(self, tmp_path, path):
         """

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from filecmp import cmp
 from pathlib import Path, PurePosixPath
 
-from client.data import dicom, images, reader
+from client.data import dicom, images, kspace, reader
 from client.data.aliases import Aliases
 from client.data.keys import key_of
 from client.data.records import Facts, File, Kind, Role, Series, Study
@@ -246,6 +246,8 @@ class _Survey:
                 return (images.inspect_nifti(path, relative, self._secret),)
             if name.endswith(images.PICTURE_ENDINGS):
                 return images.inspect_picture(path, relative, self._secret, self._index)
+            if name.endswith(kspace.ENDINGS):
+                return (kspace.inspect(path, relative, self._secret, self._index),)
             return (dicom.inspect(path, self._secret),)
         except UnusableError as error:
             return error.reason

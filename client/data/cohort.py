@@ -25,18 +25,18 @@ from typing import Any
 
 import numpy as np
 
-from client.data import dicom, images
+from client.data import dicom, images, kspace
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
 from client.data.labels import StudyLabels
-from client.data.preprocessing import one_thread, prepare
+from client.data.preprocessing import coil_volume, on_patient_axes, one_thread, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
 from client.data.skips import Reason, Skipped, UnusableError, counts
 from client.data.storage import replacing, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.tasks import OF_WHOLE_STUDIES
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
 from shared_models.volume import Volume
 
 VERSION = 1
@@ -50,9 +50,10 @@ def cohort_key(plan: Plan) -> str:
     studies. Plans that look at the data alike share a
     cohort folder.
     """
+    of_kspace = set() if _begins_at_kspace(plan) else {"coils", "simulated"}
     looks: dict[str, Any] = {
         "version": VERSION,
-        "data": plan.data.model_dump(mode="json", exclude={"patch"}),
+        "data": plan.data.model_dump(mode="json", exclude={"patch"} | of_kspace),
         "labels": plan.task.labels,
     }
     if _has_label_of_study(plan):
@@ -80,14 +81,20 @@ class _Prepared:
     spacing_mm: tuple[float, float, float]
     scanner: str | None
     category: int | None = None
+    is_simulated: bool = False
 
 
 class Cohort:
     """The patients of this site that a plan can use. Built with :meth:`build`, reopened with :meth:`open`."""
 
-    def __init__(self, folder: Path, prepared: tuple[_Prepared, ...], skipped: tuple[Skipped, ...]) -> None:
+    def __init__(
+        self, folder: Path, prepared: tuple[_Prepared, ...], skipped: tuple[Skipped, ...], site: str = ""
+    ) -> None:
         self.skipped = skipped
         """Studies left out, with the reason for each."""
+        self.n_simulated = sum(p.is_simulated for p in prepared)
+        """Studies whose phase and coils are made up."""
+        self._site = site
         self.scanners: tuple[str, ...] = tuple(sorted({p.scanner for p in prepared if p.scanner}))
         """Scanners of the studies, sorted."""
         self._folder = folder
@@ -140,8 +147,8 @@ class Cohort:
         return cls(folder, tuple(builder.prepared), tuple(builder.skipped))
 
     @classmethod
-    def open(cls, folder: Path) -> Cohort:
-        """Open a cohort that was built in ``folder``.
+    def open(cls, folder: Path, site: str = "") -> Cohort:
+        """Open a cohort that was built in ``folder``; ``site`` is the name that its volumes carry.
 
         Raises
         ------
@@ -154,7 +161,7 @@ class Cohort:
             skipped = tuple(Skipped(one["key"], Reason(one["reason"])) for one in content["skipped"])
             n_lost = sum(not (folder / "volumes" / p.entry).is_dir() for p in prepared)
             if n_lost == 0:
-                return cls(folder, prepared, skipped)
+                return cls(folder, prepared, skipped, site)
             happened = f"The cohort in {folder} has lost {n_lost} of its {len(prepared)} prepared volumes."
         except (OSError, ValueError, KeyError, TypeError) as error:
             happened = f"The cohort in {folder} cannot be read ({type(error).__name__})."
@@ -188,6 +195,8 @@ class Cohort:
             foreground=np.load(entry / "foreground.npy", allow_pickle=False),
             spacing_mm=one.spacing_mm,
             category=one.category,
+            key=one.study,
+            site=self._site,
         )
 
 
@@ -216,7 +225,10 @@ class _Builder:
             self.skipped.append(Skipped(study.key, error.reason))
             return
         split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
-        self.prepared.append(_Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category))
+        made_up = _begins_at_kspace(self._plan) and kspace.is_simulated(next(iter(study.images.values())))
+        self.prepared.append(
+            _Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category, made_up)
+        )
 
     def _one_image(self, study: Study) -> list[Path]:
         return [self._path(file) for file in next(iter(study.images.values())).files]
@@ -236,6 +248,8 @@ class _Builder:
 
     def _volume(self, channels: list[Series], label: Series | None) -> Volume:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
+        if _begins_at_kspace(self._plan):
+            return coil_volume(self._coils(channels[0]))
         if label is not None:
             try:
                 return prepare(self._read(channels, label), self._plan.data)
@@ -243,6 +257,14 @@ class _Builder:
                 if self._labels is None:
                     raise
         return prepare(self._read(channels, None), self._plan.data)
+
+    def _coils(self, series: Series) -> kspace.Coils:
+        """Fully sampled coil images of a series, made up where it has magnitudes alone."""
+        n_coils = self._plan.data.coils
+        if series.kind is Kind.KSPACE:
+            return kspace.read(self._path(series.files[0]), n_coils)
+        magnitude = on_patient_axes(self._read([series], None), self._plan.data)
+        return kspace.Coils(kspace.simulated(magnitude.image[0], n_coils), magnitude.spacing_mm)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -306,6 +328,12 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
         channels = [_channel(name.lower(), fitting) for name in plan.data.channels]
     if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
         raise UnusableError(Reason.NEEDS_VOLUME)
+    if _begins_at_kspace(plan):
+        if kspace.is_simulated(channels[0]) and not plan.data.simulated:
+            raise UnusableError(Reason.NO_KSPACE)
+        return channels, None
+    if any(one.kind is Kind.KSPACE for one in channels):
+        raise UnusableError(Reason.IS_KSPACE)
     label = study.label
     if label is None and not _has_label_of_study(plan):
         raise UnusableError(Reason.NO_LABEL)
@@ -320,6 +348,10 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
 
 def _has_label_of_study(plan: Plan) -> bool:
     return plan.task.kind in OF_WHOLE_STUDIES
+
+
+def _begins_at_kspace(plan: Plan) -> bool:
+    return plan.task.kind in OF_KSPACE
 
 
 def _is_flat(series: Series) -> bool:

@@ -37,14 +37,14 @@ _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 @dataclass(frozen=True)
 class Index:
-    """Who a photograph is of, and its published split, by the photograph's id."""
+    """Who a photograph or a k-space is of, and its published split, by its id: the file's name without its ending."""
 
     subjects: dict[str, str]
     splits: dict[str, Split]
 
     @classmethod
     def of(cls, source: Path) -> Index:
-        """Read ``index.csv`` (columns site, id, subject, split) in ``source`` or its parent; empty if there is none.
+        """Read ``index.csv`` (columns site, id or file, subject, split) in ``source`` or its parent; empty without it.
 
         Rows of another site, that is another folder name, are left aside.
         """
@@ -60,8 +60,9 @@ class Index:
                 rows = [row for row in csv.DictReader(lines) if row.get("site") in (None, "", site)]
         except (OSError, UnicodeDecodeError, csv.Error):
             rows = []
-        subjects = {row["id"]: row["subject"] for row in rows if row.get("id") and row.get("subject")}
-        splits = {row["id"]: published_split(row.get("split") or "") for row in rows if row.get("id")}
+        ids = [row.get("id") or PurePosixPath(row.get("file") or "").stem for row in rows]
+        subjects = {id_: row["subject"] for id_, row in zip(ids, rows, strict=True) if id_ and row.get("subject")}
+        splits = {id_: published_split(row.get("split") or "") for id_, row in zip(ids, rows, strict=True) if id_}
         return cls(subjects, {name: split for name, split in splits.items() if split is not None})
 
 

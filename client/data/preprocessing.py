@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.kspace import Coils
 from client.data.scan import Scan
 from client.data.skips import Reason, UnusableError
 from shared_models.plan import DataTable
@@ -96,6 +97,28 @@ def straightened(scan: Scan) -> Scan:
     affine[:3, 2] = normal * np.dot(normal, step)
     affine[:3, 3] += middle * (per_slice[0] * y + per_slice[1] * x)
     return Scan(image, affine, label)
+
+
+def on_patient_axes(scan: Scan, data: DataTable) -> Volume:
+    """A scan on the nearest patient axes in its own grid, with intensities as they were stored; UnusableError as above."""
+    if not np.isfinite(scan.image).all():
+        raise UnusableError(Reason.NOT_FINITE)
+    scan = straightened(scan)
+    image, _, spacing_mm = (
+        (scan.image, None, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
+    )
+    return Volume(image, None, foreground_of(None), spacing_mm)
+
+
+def coil_volume(coils: Coils) -> Volume:
+    """Coil images as a plan's volume: real and imaginary part of one coil after the other, ``(2 coil, z, y, x)``, divided
+    by the largest magnitude of the study."""
+    magnitude = np.sqrt((np.abs(coils.images) ** 2).sum(axis=0))
+    if magnitude.max() <= 0:
+        raise UnusableError(Reason.NOT_FINITE)
+    parts = np.stack([coils.images.real, coils.images.imag], axis=1) / magnitude.max()
+    image = parts.reshape(-1, *coils.images.shape[1:]).astype(np.float32)
+    return Volume(image, None, foreground_of(None), coils.spacing_mm)
 
 
 @contextmanager

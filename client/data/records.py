@@ -16,6 +16,7 @@ class Kind(StrEnum):
     STRUCTURES = "dicom structures"
     NIFTI = "nifti"
     PICTURE = "picture"
+    KSPACE = "k-space"
 
 
 class Role(StrEnum):

@@ -57,6 +57,11 @@ class Reason(StrEnum):
     NOT_LABELLED = "study without a label"
     LABELS_DISAGREE = "labels of one study disagree"
     LABEL_UNKNOWN = "label outside the plan's set"
+    LAYOUT = "k-space of unknown layout"
+    UNDERSAMPLED = "k-space is not fully sampled"
+    COILS = "coils are missing, or several where the plan has one"
+    IS_KSPACE = "k-space where the plan wants images"
+    NO_KSPACE = "an image where the plan wants measured k-space"
 
 
 @dataclass(frozen=True)

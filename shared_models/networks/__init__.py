@@ -13,13 +13,22 @@ NETWORKS = {
     "scan-plane": "shared_models.networks.scan_plane:build",
     "densenet": "shared_models.networks.densenet:build",
     "efficientnet": "shared_models.networks.efficientnet:build",
+    "cascade": "shared_models.networks.cascade:build",
+    "varnet": "shared_models.networks.varnet:build",
+    "image-unet": "shared_models.networks.image_unet:build",
 }
 
 NETWORKS_FOR = {
     "segmentation": ("unet", "segresnet", "dynunet", "dual-path"),
     "classification": ("resnet", "scan-plane", "densenet", "efficientnet"),
+    "reconstruction": ("cascade", "varnet", "image-unet"),
 }
 """Networks that answer what a kind of task asks."""
 
-WITH_NORMS = frozenset({"unet", "segresnet", "dynunet", "dual-path", "densenet", "efficientnet"})
+NETWORKS_FOR_ANY_SIZE = ("cascade", "varnet", "image-unet")
+"""Networks that take images of any size; for the others sides must be multiples of what their depths divide by."""
+
+WITH_NORMS = frozenset(
+    {"unet", "segresnet", "dynunet", "dual-path", "densenet", "efficientnet", "varnet", "image-unet"}
+)
 """Networks with normalisation layers that learn, which a strategy may leave at the sites."""

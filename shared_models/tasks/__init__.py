@@ -3,10 +3,15 @@
 TASKS = {
     "segmentation": "shared_models.tasks.segmentation:Segmentation",
     "classification": "shared_models.tasks.classification:Classification",
+    "reconstruction": "shared_models.tasks.reconstruction:Reconstruction",
 }
 
 OF_WHOLE_STUDIES = frozenset({"classification"})
-"""Tasks whose reference is one label for a study; that of the others is a label for every voxel."""
+"""Tasks whose reference is one label for a study; that of the others is a label for every voxel, or no label at all."""
+
+OF_KSPACE = frozenset({"reconstruction"})
+"""Tasks that begin before there is an image: their volumes hold coil images, real and imaginary part in turn, and nothing
+is labelled."""
 
 
 def confused(truth: str, predicted: str) -> str:

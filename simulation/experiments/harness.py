@@ -46,6 +46,12 @@ class Experiment:
     data: str | None = None
     """What is given with ``--data``, in words, for an experiment on real images; None emulates hospitals."""
 
+    sites: tuple[str, ...] = ()
+    """Folders of the data that take part; empty for the first ``n_sites``."""
+
+    compares: bool = True
+    """Whether each run is compared with a central and with local models."""
+
     measured_at: str | None = None
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
     each result. None where each run compares itself with a central and with local models."""
@@ -168,10 +174,13 @@ def _request(
         folder / arm,
         experiment.n_sites,
         data,
+        sites=experiment.sites,
         seed=seed,
         execution=Execution(workers=workers),
         sites_folder=folder / f"sites-{hospitals}",
-        compare=experiment.measured_at is None and (experiment.after is None or experiment.compared == arm),
+        compare=experiment.compares
+        and experiment.measured_at is None
+        and (experiment.after is None or experiment.compared == arm),
         snapshots=experiment.snapshots(plan),
     )
 

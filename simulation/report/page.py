@@ -137,6 +137,8 @@ def _columns(run: Run) -> Iterator[tuple[str, dict[str, Cell]]]:
         yield "Central model", _cells({site: w.central for site, w in ways.items()})
         yield "Gain over own", _cells({site: w.gain(w.own) for site, w in ways.items()}, signed=True)
         yield "Gap to central", _cells({site: w.gain(w.central) for site, w in ways.items()}, signed=True)
+    for method in run.classical:
+        yield method.method.capitalize(), _cells({**{s: method.per_site.get(s) for s in run.names}, ALL: method.mean})
 
 
 def _noise(interval: tuple[float, float] | None) -> str:

@@ -44,6 +44,8 @@ class Picture:
     caption: str
     has_heat: bool
     has_outline: bool
+    panels: tuple[str, ...]
+    """What lies side by side in the image, from the left; empty for a single one."""
     source: str
     """The image as a data URI."""
 
@@ -76,7 +78,8 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
     heat = arrays.get(f"{k}/heat")
     if heat is not None:
         image = _heated(image, heat)
-    step = -(-max(image.shape[:2]) // LONGEST_SIDE)
+    n_panels = max(1, len(about.get("panels", ())))
+    step = -(-max(image.shape[0], image.shape[1] // n_panels) // LONGEST_SIDE)
     reduced = Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).reduce(step)
     truth, prediction = (mask[step // 2 :: step, step // 2 :: step] for mask in (truth, prediction))
     y_mm, x_mm = about["pixel_mm"]
@@ -91,10 +94,11 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
         caption=about.get("caption", ""),
         has_heat=heat is not None,
         has_outline=bool(outlined.any()),
+        panels=tuple(about.get("panels", ())),
         source=_data_uri(reduced, is_photograph=image.ndim == 3 and heat is None),
         width=width,
         height=height,
-        window=(0, 0, width, height) if heat is not None else _window(outlined, width, height),
+        window=(0, 0, width, height) if heat is not None or n_panels > 1 else _window(outlined, width, height),
         truth=_outline(truth),
         prediction=_outline(prediction),
         stretch=y_mm / x_mm,

@@ -31,6 +31,9 @@ class Site(Part):
     skipped: dict[str, int]
     """Number of files that were not used, for each reason."""
 
+    simulated: int = 0
+    """Number of studies whose phase and coils are made up."""
+
 
 class Round(Part):
     """One exchange with the sites."""
@@ -188,6 +191,12 @@ class Run(Part):
     rounds: tuple[Round, ...]
     test: Tested | None
     comparison: Comparison | None
+    classical: tuple[Method, ...] = ()
+    """Methods that learn nothing, on the same test patients."""
+
+    stability: dict[str, Metrics] = {}
+    """By site, how steady the shared model is."""
+
     privacy: dict[str, Budget] | None
     versions: dict[str, str]
     started: datetime

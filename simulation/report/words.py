@@ -25,6 +25,14 @@ METRICS = {
         "Log-likelihood is the logarithm of the true label's probability: 0 is perfect.",
     ),
     "probability": ("probability of the true label", ""),
+    "psnr": (
+        "PSNR (dB)",
+        "PSNR sets the largest magnitude of a study against its mean error: 6 dB more is half the error.",
+    ),
+    "gain_db": ("gain (dB)", "Gain is PSNR above that of the zero-filled image."),
+    "magnitude_psnr": ("magnitude PSNR (dB)", ""),
+    "ssim": ("SSIM", "SSIM is the likeness of structures: 1 is perfect."),
+    "nmse": ("NMSE", "NMSE is the squared error over the square of the reference."),
 }
 """Each metric's name in a heading and what it says; any other is shown with its underscores as spaces."""
 

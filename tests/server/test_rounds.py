@@ -88,6 +88,28 @@ class TestRun:
 
         assert outcome.best_round == round_
 
+    @pytest.mark.parametrize("weighting", [None, "equal"])
+    def test_sites_count_by_patients_or_alike(self, smoke_plan, stations, tmp_path, start, weighting):
+        """
+        The next weights are the old ones plus the mean written out, of updates that differ as much as their patients.
+        """
+        strategy = smoke_plan.strategy.model_copy(update={"weighting": weighting})
+        plan = smoke_plan.model_copy(update={"strategy": strategy, "rounds": 1})
+        sites = opened(stations)
+        for site in sites:
+            site.approve(plan)
+
+        def says(n):
+            moved = largest_array(lambda array: np.full_like(array, n / 100))
+            return lambda answer: replace(moved(answer), counts=answer.counts | {"trained": n})
+
+        grid = ListGrid([TamperedStation(site, says(n)) for site, n in zip(sites, (1, 2, 6), strict=True)])
+        _, journal = run(plan, grid, tmp_path, start)
+
+        name = max(start, key=lambda key: start[key].size)
+        expected = 0.03 if weighting == "equal" else (1 + 4 + 36) / 900
+        np.testing.assert_allclose(journal.weights(1)[name] - start[name], expected, rtol=1e-3)
+
     def test_average_over_rounds_is_tested_and_released(self, smoke_plan, stations, tmp_path, start):
         """
         The moving average is the one written out: older rounds count less by the decay, and all counts sum to one.

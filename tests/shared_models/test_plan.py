@@ -53,6 +53,7 @@ FULL: Tables = {
     },
     "strategy": {
         "name": "fedprox",
+        "weighting": "equal",
         "minimum_sites": 3,
         "deadline_s": 600.0,
         "proximal_mu": 0.01,
@@ -193,6 +194,13 @@ CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("traini
 LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
+RECONSTRUCTING_KEYS = [
+    *(("task", key) for key in ("reference", "mask", "acceleration", "site_acceleration", "centre_fraction")),
+    *(("task", key) for key in ("cascades", "consistency")),
+    *(("data", key) for key in ("coils", "simulated")),
+]
+"""Likewise."""
+
 KEYS = keys_in(FULL)
 LEAVES = [key for key in KEYS if not isinstance(value_at(FULL, key), dict)]
 
@@ -244,7 +252,8 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        assert {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS, *LOSS_KEYS} == set(keys_of(Plan))
+        keys = {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS, *LOSS_KEYS, *RECONSTRUCTING_KEYS}
+        assert keys == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
         for key in LEAVES:
@@ -498,7 +507,8 @@ class TestContradictions:
             for name in table.__pydantic_decorators__.model_validators
         }
 
-        assert checks == {check for check, *_ in (*self.CASES, *TestPrivacy.CASES, *TestClassification.CASES) if check}
+        others = (*TestPrivacy.CASES, *TestClassification.CASES, *TestReconstruction.CASES)
+        assert checks == {check for check, *_ in (*self.CASES, *others) if check}
 
     def test_patch_that_shrinks_to_one_voxel_is_refused(self):
         """
@@ -705,6 +715,8 @@ class TestIdentity:
         """
         plan = Plan.from_toml(DESIGN_EXAMPLE)
         spelt_out = plan.model_dump(mode="json", exclude_none=True)
+        for table, key in RECONSTRUCTING_KEYS:
+            spelt_out[table].pop(key, None)
 
         assert Plan.from_toml(as_toml(spelt_out)).sha256 == plan.sha256
 
@@ -811,3 +823,91 @@ class TestClassification:
         assert Plan.from_tables(json.loads(text)) == plan
         assert "foreground" not in text
         assert "residual_units" not in text
+
+
+RECONSTRUCTING: Tables = {
+    "name": "reconstructing",
+    "rounds": 1,
+    "task": {"kind": "reconstruction", "network": "cascade", "acceleration": 4.0},
+    "data": {"modality": "MR", "dimensions": 2, "patch": [32, 24]},
+}
+
+
+class TestReconstruction:
+    CASES = (
+        ("_network_answers_task", ("task", "network"), "unet", "cascade, varnet, image-unet"),
+        ("_labels_are_names", ("task", "labels"), ["background", "lesion"], "remove labels"),
+        ("_keys_are_read", ("task", "residual_units"), 2, "remove residual_units"),
+        ("_keys_are_read", ("training",), {"foreground": 0.5}, "remove foreground"),
+        ("_kspace_is_planar", ("data", "spacing_mm"), [1.0, 1.0], "no spacing_mm"),
+        ("_kspace_is_planar", ("data", "channels"), ["flair"], 'channels = ["image"]'),
+        ("_kspace_is_planar", ("data", "modality"), "DX", 'modality = "MR"'),
+        ("_centre_is_measured", ("task", "acceleration"), 15.0, "below 0.0667"),
+        ("_centre_is_measured", ("task", "centre_fraction"), 0.25, "below 0.25"),
+        ("_centre_is_measured", ("task", "site_acceleration"), [["a", 16.0]], "below 0.0625"),
+        ("_centre_is_measured", ("task", "site_acceleration"), [["a", 4.0], ["a", 5.0]], "once"),
+        ("_coils_fit_network", ("task", "network"), "varnet", "number of coils"),
+    )
+
+    @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
+    def test_what_has_no_meaning_is_refused_with_the_remedy(self, check, key, value, named):
+        """
+        Labels, a grid, sequences, a centre that is all there is, and what this network does not read.
+        """
+        error = refused(with_value(key, value, RECONSTRUCTING))
+
+        assert error.code == "P103"
+        assert named in error.remedies[0]
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            (("task", "mask"), "spiral"),
+            (("task", "reference"), "phase"),
+            (("task", "consistency"), "hard"),
+            (("task", "acceleration"), 1.0),
+            (("task", "acceleration"), "4"),
+            (("task", "site_acceleration"), {"site-1": 4.0}),
+            (("task", "centre_fraction"), 0.0),
+            (("task", "cascades"), 0),
+            (("data", "coils"), 0),
+            (("data", "simulated"), "yes"),
+        ],
+    )
+    def test_impossible_value_is_refused(self, key, value):
+        """
+        With the key, the value and what belongs there.
+        """
+        error = refused(with_value(key, value, RECONSTRUCTING))
+
+        assert error.code == "P102"
+        assert key_id(key) in error.happened
+        assert error.remedies[0].startswith(f"{key[-1]}: ")
+
+    def test_three_dimensions_are_refused(self):
+        """
+        Slices are reconstructed one by one.
+        """
+        tables = with_value(("data", "patch"), [8, 8, 8], with_value(("data", "dimensions"), 3, RECONSTRUCTING))
+
+        assert refused(tables).code == "P103"
+
+    def test_nothing_is_labelled_and_any_size_will_do(self):
+        """
+        Neither labels nor a patch that can be halved are asked for, and the plan is the same after a journey.
+        """
+        plan = Plan.from_tables(with_value(("data", "patch"), [31, 31], RECONSTRUCTING))
+        text = plan.canonical_json()
+
+        assert plan.task.labels == ()
+        assert Plan.from_tables(json.loads(text)) == plan
+        assert "foreground" not in text
+        assert hash(plan) == hash(Plan.from_tables(json.loads(text)))
+
+    def test_other_plans_keep_their_hash(self):
+        """
+        What reconstruction reads leaves no trace in the plan of another task.
+        """
+        text = Plan.from_tables(FULL).canonical_json()
+
+        assert not any(f'"{key}"' in text for _, key in RECONSTRUCTING_KEYS)
