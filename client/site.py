@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from client.policy import Policy
 from shared_models.errors import FederadError
@@ -20,6 +20,33 @@ from shared_models.messages import SITE_NAME
 from shared_models.scanners import MAKERS, is_scanner
 
 FILE = "site.toml"
+
+
+class Pacs(BaseModel):
+    """The hospital's archive, ``[pacs]`` in ``site.toml``: DICOM (host, port and names) or DICOMweb (an address)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    host: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,253}$")
+    """Its name in the hospital's network."""
+
+    port: int = Field(default=104, ge=1, le=65_535)
+    """Where it listens for DICOM."""
+
+    ae_title: str = Field(default="ANY-SCP", pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$")
+    """Its application entity title."""
+
+    calling_ae_title: str = Field(default="FEDERAD", pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$")
+    """The title that this site calls itself; the archive must know it."""
+
+    dicomweb: str | None = Field(default=None, pattern=r"^https?://[^\s@]{1,500}$")
+    """Address of its DICOMweb service, such as ``https://pacs.hospital.example/dicom-web``; then host is left out."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.host is None) == (self.dicomweb is None):
+            raise ValueError("give either host or dicomweb")
+        return self
 
 
 class SiteConfig(BaseModel):
@@ -45,6 +72,9 @@ class SiteConfig(BaseModel):
 
     emulated: bool = False
     """Whether the patients here are made up; only a simulation says so."""
+
+    pacs: Pacs | None = None
+    """The archive that predictions are sent to on demand; left out, none."""
 
     policy: Policy | None = None
     """What this hospital permits; left out, the defaults of ``policy``."""

@@ -39,6 +39,7 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
         *("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
         *("varnet", "image-unet"),
     ),
+    ("task", "dropout"): ("segmentation", "resnet", "scan-plane", "densenet"),
     ("task", "sharpness"): ("classification",),
     ("task", "target"): ("classification",),
     ("task", "views"): ("classification",),
@@ -116,6 +117,12 @@ class TaskTable(_Table):
         description="features at each depth, e.g. [16, 32, 64, 128]; of a cascade, of each layer of its networks",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+    dropout: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of features that are left out at random while training, such as 0.1; leave it out for none",
+    )
     sharpness: float | None = Field(
         default=None,
         gt=0,

@@ -26,6 +26,9 @@ MAX_THICKNESS_RATIO = 1.5
 """In 2D, how much coarser a slice's pixels may be along one side than the distance between slices: beyond it, the
 series was not acquired axially and its axial planes are interpolation rather than image."""
 
+SAME_SPACING = 1e-5
+"""Relative difference up to which two spacings are one; headers round them to about six digits."""
+
 _LPS_ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Where each axis of an LPS affine begins and ends; MONAI assumes RAS otherwise."""
 
@@ -64,6 +67,52 @@ def prepare(scan: Scan, data: DataTable) -> Volume:
         (scan.image, scan.label, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
     )
     return Volume(_normalised(image), label, foreground_of(label), spacing_mm)
+
+
+def on_scan_grid(
+    values: NDArray[np.float32], scan: Scan, spacing_mm: tuple[float, float, float]
+) -> NDArray[np.float32]:
+    """What was computed on a prepared volume, back on the grid of the scan that it was prepared from.
+
+    The inverse of the geometry of :func:`prepare`: flips and permutations are undone exactly; where the spacing had been
+    changed, values are interpolated linearly at the centres of the scan's own voxels, and the edge goes on outside.
+
+    Parameters
+    ----------
+    values
+        ``(channel, z, y, x)`` on the volume's grid.
+    scan
+        As it was read.
+    spacing_mm
+        Of the volume, along (z, y, x).
+
+    Returns
+    -------
+    NDArray[np.float32]
+        ``(channel, slice, row, column)``.
+    """
+    if scan.affine is None:
+        return values
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+    from scipy.ndimage import affine_transform
+
+    to_patient = io_orientation(scan.affine)
+    scan_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    columns_first = np.array(scan.shape[::-1])
+    along = to_patient[:, 0].astype(int)  # of each axis of the scan, the patient axis that it runs along
+    shape, fine_mm = np.empty(3, int), np.empty(3)
+    shape[along], fine_mm[along] = columns_first, scan_mm
+    steps = fine_mm[::-1] / np.array(spacing_mm)
+    steps[np.abs(steps - 1) < SAME_SPACING] = 1.0
+    if (steps != 1.0).any():
+        fine = [
+            affine_transform(channel, steps, output_shape=tuple(shape[::-1]), order=1, mode="nearest")
+            for channel in values
+        ]
+        values = np.stack(fine)
+    back = ornt_transform(np.stack([np.arange(3), np.ones(3)], axis=1), to_patient)
+    turned = [apply_orientation(channel.transpose(2, 1, 0), back).transpose(2, 1, 0) for channel in values]
+    return np.ascontiguousarray(turned, dtype=np.float32)
 
 
 def on_patient_axes(scan: Scan, data: DataTable) -> Volume:

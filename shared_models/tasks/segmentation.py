@@ -95,6 +95,22 @@ class Segmentation(Task):
         """Label indices ``(z, y, x)``, from overlapping windows of the training patch's size."""
         return np.asarray(self.logits(network, volume, device).argmax(dim=0).to(torch.uint8).cpu().numpy(), np.uint8)
 
+    def probabilities(
+        self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device
+    ) -> NDArray[np.float32]:
+        """Of each label at each voxel, ``(label, z, y, x)``; the largest is the one that :meth:`predict` gives."""
+        logits = self.logits(network, volume, device)
+        return np.asarray(torch.softmax(logits.float(), dim=0).cpu().numpy(), np.float32)
+
+    def n_windows(self, volume: Volume) -> int:
+        """How many windows the network sees of a volume."""
+        n_slices, *sides = volume.image.shape[1:] if self.plan.data.dimensions == 2 else (1, *volume.image.shape[1:])
+        along = (
+            1 + math.ceil(max(side - n, 0) / int(n * (1 - OVERLAP)))
+            for side, n in zip(sides, self.plan.data.patch, strict=True)
+        )
+        return int(n_slices * math.prod(along))
+
     def logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
         """What the network says for each label of each voxel, ``(label, z, y, x)``, from the same windows."""
         image = torch.from_numpy(np.array(volume.image, np.float32)).to(device)

@@ -213,7 +213,7 @@ CLASSIFYING_KEYS = [
     ("training", "class_weights"),
     ("training", "balanced"),
 ]
-LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
+LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views"), ("task", "dropout")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 RECONSTRUCTING_KEYS = [
@@ -998,3 +998,11 @@ class TestReconstruction:
         text = Plan.from_tables(FULL).canonical_json()
 
         assert not any(f'"{key}"' in text for _, key in RECONSTRUCTING_KEYS)
+
+
+def test_labels_are_named_in_full_where_none_is_the_background():
+    """
+    What a hospital reads of a plan leaves out the background of what is drawn, and no label of whole studies.
+    """
+    assert Plan.from_tables(FULL).task.named_labels == ("lesion",)
+    assert Plan.from_tables(CLASSIFYING).task.named_labels == tuple(CLASSIFYING["task"]["labels"])

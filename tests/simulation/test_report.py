@@ -495,6 +495,19 @@ class TestRunReport:
         assert "test AUC" not in page.text
         assert "confusion" not in a_page(tmp_path, a_result()).tables
 
+    def test_volumes_stand_beside_the_reference(self, tmp_path):
+        """
+        Bias with its sign, limits, error and correlation of each label at each site that has them, in millilitres.
+        """
+        result = a_result()
+        result["labels"] = ["background", "lesion"]
+        agreed = {"bias": -1.25, "limits": 3.5, "error": 1.5, "ICC": 0.91}
+        result["test"]["per_site"]["site-2"] |= {f"volume {kind}: lesion": value for kind, value in agreed.items()}
+        page = a_page(tmp_path, result)
+
+        assert page.tables["volumes"][1:] == [["lesion", "site-2", "−1.25", "± 3.50", "1.50", "0.910"]]
+        assert "volumes" not in a_page(tmp_path, a_result()).tables
+
     def test_heat_lies_over_the_picture(self, tmp_path):
         """
         Hot pixels are coloured, the others stay grey, and labels stand in words below.
