@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from client.policy import Policy
 from shared_models.errors import FederadError
 from shared_models.messages import SITE_NAME
+from shared_models.scanners import MAKERS, is_scanner
 
 FILE = "site.toml"
 
@@ -65,6 +66,10 @@ class SiteConfig(BaseModel):
     anchor: str | None = Field(default=None, pattern="^/")
     """File with the second copy of the ledger, absolute, best on another disk; left out, it lies beside the ledger."""
 
+    scanners: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=100)
+    """This hospital's scanners, typed by somebody here, such as ``["SIEMENS Aurora 1.5 T", "GE 3 T"]``: they are told to
+    the operator, and decide under ``[privacy]`` whether a discriminator of scanners trains here."""
+
     emulated: bool = False
     """Whether the patients here are made up; only a simulation says so."""
 
@@ -73,6 +78,16 @@ class SiteConfig(BaseModel):
 
     policy: Policy | None = None
     """What this hospital permits; left out, the defaults of ``policy``."""
+
+    @field_validator("scanners")
+    @classmethod
+    def _from_the_vocabulary(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if not is_scanner(name):
+                raise ValueError(
+                    f"{name!r} is no scanner: begin with one of {', '.join(MAKERS)}, at most 64 characters"
+                )
+        return names
 
     @property
     def permits(self) -> Policy:

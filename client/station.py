@@ -166,7 +166,8 @@ class Station:
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
             C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
-            begins at a model of which the ledger knows nothing.
+            begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and
+            none are declared.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
         cohort = Cohort.build(
@@ -178,6 +179,8 @@ class Station:
             on_progress=on_progress,
         )
         n_patients = len(cohort.patients("train"))
+        if plan.is_adversarial and plan.privacy is not None and not self._declared_scanners(cohort):
+            raise _undeclared_scanners(plan)
         if declared_size is None:
             declared_size = self._undeclared(plan, cohort)
         ledger, policy = self.ledger(), self.config.permits
@@ -287,10 +290,15 @@ class Station:
         return Outbox(self.folder).waiting(told) if self._plans.pinned else (told, [])
 
     def started(self) -> None:
-        """Tell the operator that this site is here; C162 if the audit lacks lines of which the ledger knows."""
+        """Tell the operator that this site is here, and which scanners it declares.
+
+        C162 if the audit lacks lines of which the ledger knows.
+        """
         if (head := self.ledger().audit_head) is not None:
             self.audit.require(head)
         self._put(Release("status", {"word": "started"}), topic="started")
+        if self.config.scanners is not None:
+            self._put(Release("scanners", {"names": self.config.scanners}), topic="scanners")
 
     def ledger(self) -> Ledger:
         """What was spent here. All of it is checked now, and again whenever something is asked of it.
@@ -336,7 +344,14 @@ class Station:
         FederadError
             C127 if it is not known who is excluded, C143 if the plan was never approved here.
         """
-        return Cohort.open(self._cohort_folder(plan), self.name, secret=self._secret, excluded=self._left_out())
+        folder, excluded = self._cohort_folder(plan), self._left_out()
+        cohort = Cohort.open(folder, self.name, secret=self._secret, excluded=excluded)
+        cohort.declared_scanners = self._declared_scanners(cohort)
+        return cohort
+
+    def _declared_scanners(self, cohort: Cohort) -> tuple[str, ...] | None:
+        """The scanners that ``site.toml`` names; only at an emulated hospital what its images say instead."""
+        return self.config.scanners or (cohort.scanners if self.config.emulated else None)
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""
@@ -521,6 +536,18 @@ class Station:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _undeclared_scanners(plan: Plan) -> FederadError:
+    return FederadError(
+        "C111",
+        happened=f"The plan {plan.name} tells scanners apart, and site.toml declares none.",
+        because="Whether this site has several is found in patients' images otherwise, and nothing of those may show.",
+        remedies=(
+            'type them into site.toml, such as scanners = ["SIEMENS Aurora 1.5 T"]: they are told to the operator',
+            "or refuse this plan",
+        ),
+    )
 
 
 @contextmanager

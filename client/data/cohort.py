@@ -60,7 +60,7 @@ def cohort_key(plan: Plan) -> str:
     """Hash over everything in a plan that decides what a cohort holds: 32 hexadecimal digits.
 
     That is ``plan.data`` without the training patch, ``plan.task.labels``, and whether they are labels of whole
-    studies. Plans that look at the data alike share a
+    studies and may be missing. Plans that look at the data alike share a
     cohort folder.
     """
     of_kspace = set() if _begins_at_kspace(plan) else {"coils", "simulated"}
@@ -71,6 +71,8 @@ def cohort_key(plan: Plan) -> str:
     }
     if _has_label_of_study(plan):
         looks["label_of_study"] = plan.task.label_attribute or "table or folder"
+    if plan.takes_unlabelled:
+        looks["unlabelled"] = True
     return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -95,6 +97,8 @@ class _Prepared:
     scanner: str | None
     category: int | None = None
     is_simulated: bool = False
+    is_unlabelled: bool = False
+    """Whether it has no reference; it trains a discriminator of scanners and is measured by nothing."""
 
 
 class Cohort:
@@ -118,6 +122,8 @@ class Cohort:
         self._site = site
         self.scanners: tuple[str, ...] = tuple(sorted({p.scanner for p in prepared if p.scanner}))
         """Scanners of the studies, sorted."""
+        self.declared_scanners: tuple[str, ...] | None = None
+        """The scanners that the hospital has declared; the station, which knows, says so."""
         self._folder = folder
         self._prepared = {p.study: p for p in prepared}
         self._seal = seal
@@ -175,7 +181,7 @@ class Cohort:
                     on_progress(done, len(studies))
         if not builder.prepared:
             raise _nothing_usable(plan, builder.skipped)
-        if labels is not None and len({one.category for one in builder.prepared}) == 1:
+        if labels is not None and len({one.category for one in builder.prepared if not one.is_unlabelled}) == 1:
             raise _one_label(plan, len(builder.prepared))
         write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
         _tidy(folder, {one.entry for one in builder.prepared})
@@ -249,6 +255,18 @@ class Cohort:
             site=self._site,
         )
 
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with, as its header says: "SIEMENS Aurora 1.5 T"; None where it says nothing."""
+        return self._prepared[study].scanner
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+        return self._prepared[study].is_unlabelled
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole; None where it has none."""
+        return self._prepared[study].category
+
 
 class _Builder:
     """Prepares one study after the other."""
@@ -276,23 +294,47 @@ class _Builder:
         try:
             if len(published) > 1:
                 raise UnusableError(Reason.SPLITS_DISAGREE)
-            entry, spacing_mm = self._entry(study)
-            category = None if self._labels is None else self._labels.of(study, self._one_image(study))
+            split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
+            may_lack_label = self._plan.takes_unlabelled and split == "train"
+            entry, spacing_mm, has_label = self._entry(study, may_lack_label=may_lack_label)
+            category = None
+            if self._labels is not None:
+                category, has_label = self._category(study, may_lack_label=may_lack_label)
         except UnusableError as error:
             self.skipped.append(Skipped(study.key, error.reason))
             return
-        split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
         made_up = _begins_at_kspace(self._plan) and kspace.is_simulated(next(iter(study.images.values())))
         self.prepared.append(
-            _Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category, made_up)
+            _Prepared(
+                study.key,
+                study.patient,
+                split,
+                entry,
+                spacing_mm,
+                study.scanner,
+                category,
+                is_simulated=made_up,
+                is_unlabelled=self._plan.takes_unlabelled and not has_label,
+            )
         )
+
+    def _category(self, study: Study, *, may_lack_label: bool) -> tuple[int | None, bool]:
+        """The label of a whole study, and whether it has one."""
+        if self._labels is None:
+            raise ValueError("the plan labels voxels")
+        try:
+            return self._labels.of(study, self._one_image(study)), True
+        except UnusableError as error:
+            if error.reason is not Reason.NOT_LABELLED or not may_lack_label:
+                raise
+            return None, False
 
     def _one_image(self, study: Study) -> list[Path]:
         return [self._path(file) for file in next(iter(study.images.values())).files]
 
-    def _entry(self, study: Study) -> tuple[str, tuple[float, float, float]]:
-        """Name and spacing of the study's cache entry, written now unless it is there."""
-        channels, label = chosen_series(study, self._plan)
+    def _entry(self, study: Study, *, may_lack_label: bool) -> tuple[str, tuple[float, float, float], bool]:
+        """Name and spacing of the study's cache entry, written now unless it is there, and whether anything is drawn."""
+        channels, label = chosen_series(study, self._plan, may_lack_label=may_lack_label)
         name = self._entry_name(study.key, [*channels, label] if label is not None else channels)
         path = self._folder / "volumes" / name
         spacing_mm = _kept_spacing(path, self.seal)
@@ -301,7 +343,7 @@ class _Builder:
             with replacing(path) as partial:
                 _write_entry(partial, volume, self.seal, self._plan.data.dimensions)
             spacing_mm = volume.spacing_mm
-        return name, spacing_mm
+        return name, spacing_mm, label is not None
 
     def _volume(self, channels: list[Series], label: Series | None) -> Volume:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
@@ -381,8 +423,8 @@ def read_scan(channels: Sequence[Series], label: Series | None, path_of: Callabl
     return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
 
 
-def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None]:
-    """The image series for each channel of a plan, in its order, and the label series.
+def chosen_series(study: Study, plan: Plan, *, may_lack_label: bool = False) -> tuple[list[Series], Series | None]:
+    """The image series for each channel of a plan, in its order, and the label series; None where it may be missing.
 
     Where a study has one label as a whole, nothing need be drawn on it; what is shows where heatmaps should point.
 
@@ -395,7 +437,7 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
     if _begins_at_kspace(plan):
         return channels, None
     label = study.label
-    if label is None and not _has_label_of_study(plan):
+    if label is None and not (_has_label_of_study(plan) or may_lack_label):
         raise UnusableError(Reason.NO_LABEL)
     if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
         if not _has_label_of_study(plan):

@@ -18,11 +18,10 @@ from monai.metrics.utils import get_edge_surface_distance
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shared_models import networks
 from shared_models.clinical import agreement
 from shared_models.losses import loss_of
-from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
-from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task, mean_metrics
 from shared_models.volume import Volume, crop, in_greys
 
@@ -57,8 +56,7 @@ class Segmentation(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
-        return network
+        return networks.build(self.plan)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """A patch, and its labels as int64 ``(1, [z,] y, x)``.

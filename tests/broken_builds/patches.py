@@ -25,6 +25,8 @@ OUTSIDE = "tests/client/test_noise_from_outside.py"
 CANARIES = "tests/client/test_canaries.py"
 INVERSION = "tests/client/test_gradient_inversion.py"
 LIAR = "tests/client/test_lying_server.py"
+ADAPTED = "tests/client/test_adapted_training.py"
+ADAPTATION = "tests/shared_models/test_adaptation.py"
 EGRESS = "tests/client/test_egress.py"
 RESULTS = "tests/server/test_results.py"
 COMPARISON = "tests/simulation/test_private_comparison.py"
@@ -941,11 +943,43 @@ _TOLD = (
         ),
     ),
     patch(
+        "scanners counted among patients",
+        (
+            "client/training.py",
+            "        if plan.privacy is None:\n            told_apart",
+            "        if True:\n            told_apart",
+        ),
+        caught_by=(f"{ADAPTED}::TestPrivately::test_declared_scanners_decide_whether_a_discriminator_trains",),
+    ),
+    patch(
+        "studies without a reference under privacy",
+        ("shared_models/plan.py", "return self.is_adversarial and self.privacy is None", "return self.is_adversarial"),
+        caught_by=(f"{PLAN}::TestAdaptation::test_unlabelled_studies_take_part_without_privacy_alone",),
+    ),
+    patch(
+        "labels counted under privacy",
+        (
+            "shared_models/plan.py",
+            "if self.training.balanced is not None and self.privacy is not None:",
+            "if False:",
+        ),
+        caught_by=(f"{PLAN}::TestClassification::test_balance_that_is_counted_is_refused_under_privacy",),
+    ),
+    patch(
+        "reversed gradient bounded by the batch",
+        (
+            "shared_models/adaptation.py",
+            "    norm = gradient.flatten(1).float().norm(dim=1)\n",
+            "    norm = gradient.flatten(1).float().norm(dim=1).mean().expand(len(gradient))\n",
+        ),
+        caught_by=(f"{ADAPTATION}::TestAdversary::test_bound_of_a_sample_is_its_own",),
+    ),
+    patch(
         "forbidden notices leave",
         (
             "client/gate.py",
-            'if release.kind in ("status", "progress") and self._policy.rule(release.kind, private=False) == "forbidden":',
-            "if False:",
+            'and self._policy.rule(cast("NoticeKind", release.kind), private=False) == "forbidden"',
+            "and False",
         ),
         caught_by=(
             f"{GATE}::TestPolicyOfNotices::test_notice_that_the_hospital_forbids_stays",
@@ -1023,7 +1057,7 @@ _TOLD = (
 _KEPT = (
     patch(
         "exclusions hold for new approvals only",
-        ("client/station.py", "secret=self._secret, excluded=self._left_out())", "secret=self._secret)"),
+        ("client/station.py", "secret=self._secret, excluded=excluded)", "secret=self._secret)"),
         caught_by=(
             f"{LEAVING}::TestExclusion::test_excluded_patient_is_in_no_cohort_that_was_approved_before",
             f"{LEAVING}::TestExclusion::test_round_is_trained_without_the_excluded",
