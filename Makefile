@@ -48,6 +48,10 @@ test-system: $(READY) system-packages ## what needs root or time: full disks, ot
 audit: $(READY) ## break privacy in many ways and see whether the tests notice; takes a while
 	$(BIN)/python -m tests.broken_builds
 
+.PHONY: fuzz
+fuzz: $(READY) ## break 100,000 DICOM files and see that none of them breaks the reader; half an hour
+	$(BIN)/python -m tests.fuzz --mutants 100000
+
 .PHONY: check
 check: $(READY) ## format, lint and types, as CI runs them
 	$(BIN)/ruff format --check .

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from client.folder import SiteFolder
 from shared_models.errors import FederadError
+
+if TYPE_CHECKING:
+    from shared_models.plan import Plan
 
 CHECK_S = 3600.0
 """Longest time for one part: the first look at a large data folder reads every file's header [s]."""
@@ -34,16 +37,20 @@ class Check:
         return asdict(self)
 
 
-def run_checks(folder: SiteFolder) -> list[Check]:
-    """Both parts, each in a process under its own account."""
-    return [one for part in ("station", "courier") for one in _elsewhere(folder, part)]
+def run_checks(folder: SiteFolder, plan: str | None = None) -> list[Check]:
+    """Both parts, each in a process under its own account; with a plan, the data against it."""
+    return [one for part in ("station", "courier") for one in _elsewhere(folder, part, plan)]
 
 
-def run_check(folder: SiteFolder, part: str) -> list[Check]:
+def run_check(folder: SiteFolder, part: str, plan: str | None = None) -> list[Check]:
     """The checks of one part, in this process."""
     looked: dict[str, Callable[[], str]]
     if part == "station":
-        looked = {"data": lambda: _data(folder.station), "ledger": lambda: _ledger(folder.station)}
+        looked = {
+            "device": lambda: "trains on {}: {}".format(*_device(folder.station)),
+            "data": lambda: _data(folder.station, plan),
+            "ledger": lambda: _ledger(folder.station),
+        }
     else:
         looked = {"keys": lambda: _keys(folder.courier), "connection": lambda: _connection(folder.courier)}
     return [_looked_at(name, look) for name, look in looked.items()]
@@ -56,18 +63,76 @@ def _looked_at(name: str, look: Callable[[], str]) -> Check:
         return Check(name, error.happened, error.as_json())
 
 
-def _data(station: Path) -> str:
-    """Look through the data folder; files seen before are not opened again."""
+def _data(station: Path, wanted: str | None) -> str:
+    """Look through the data folder and write the page; files seen before are not opened again.
+
+    With a plan its cohort is prepared, which an approval would do too.
+    """
     from client.data.catalogue import Catalogue
+    from client.data.cohort import Cohort, cohort_key
+    from client.exclusions import left_out
+    from client.page import write
+    from client.readiness import against, look
     from client.site import SiteConfig
     from client.station import CATALOGUE
 
     config = SiteConfig.load(station)
     secret = (station / "secret").read_bytes()
+    plan = None if wanted is None else _plan(station, wanted)
     catalogue = Catalogue.build(station / CATALOGUE, Path(config.data), secret=secret)
-    studies = catalogue.studies()
-    patients = len({study.patient for study in studies})
-    return f"{patients} patients, {len(studies)} studies in {config.data}"
+    try:
+        device = _device(station)
+    except FederadError as error:
+        device = ("nothing", error.happened)
+    found = look(config.name, Path(config.data), catalogue, secret, device)
+    page = write(station, found)
+    text = f"{found.n_patients} patients, {found.n_studies} studies in {config.data}"
+    if plan is not None:
+        excluded = left_out(station, Path(config.data), secret)
+        cohort = Cohort.build(station / "cohorts" / cohort_key(plan), catalogue, plan, secret=secret, excluded=excluded)
+        against(found, plan, cohort)
+        page = write(station, found)
+        text += f"; {sum(found.splits.values())} patients fit {plan.name}, {len(cohort.skipped)} studies do not"
+    n_skipped = sum(found.skipped_files.values())
+    text += f"; {n_skipped} files left out" if n_skipped else ""
+    text += f"; look at {found.n_suspected} series" if found.n_suspected else ""
+    return f"{text}; see {page}"
+
+
+def _plan(station: Path, wanted: str) -> Plan:
+    """A plan file, or a plan that was offered here."""
+    from client.plans import Plans
+    from shared_models.plan import Plan
+
+    return Plan.load(Path(wanted)) if wanted.endswith(".toml") else Plans(station).named(wanted).plan
+
+
+def _device(station: Path) -> tuple[str, str]:
+    """The device that training would use, and why."""
+    import torch
+
+    from client.site import SiteConfig
+    from client.training import choose_device
+
+    wanted = SiteConfig.load(station).device
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted.startswith("cuda") and int(wanted.partition(":")[2] or 0) >= n_gpus:
+        raise FederadError(
+            "C117",
+            happened=f'site.toml says device = "{wanted}", and {n_gpus or "no"} GPU can be used here.',
+            because="Training would fail in its first round.",
+            remedies=(
+                "check the driver with nvidia-smi, and that the account that runs the station may use the GPU",
+                'or set device = "auto" or "cpu" in site.toml',
+            ),
+        )
+    chosen = choose_device(wanted)
+    if not chosen.startswith("cuda"):
+        reason = "site.toml says so" if wanted == "cpu" else "no GPU can be used here"
+        return f"the CPU, {torch.get_num_threads()} threads", reason
+    one = torch.cuda.get_device_properties(chosen)
+    reason = "the first GPU there is" if wanted == "auto" else "site.toml says so"
+    return f"{one.name}, {one.total_memory / 1e9:.0f} GB", f"{reason}, of {n_gpus}"
 
 
 def _ledger(station: Path) -> str:
@@ -112,12 +177,12 @@ def _connection(courier: Path) -> str:
         return f"{link.host}:{link.port} reached {way}, clocks agree, {offered} plans offered"
 
 
-def _elsewhere(folder: SiteFolder, part: str) -> Iterator[Check]:
+def _elsewhere(folder: SiteFolder, part: str, plan: str | None) -> Iterator[Check]:
     """A part in a process of its own, which takes the account of its folder."""
     from client.supervisor import command
 
     done = subprocess.run(  # noqa: S603  # our own command
-        [*command(), "check", "--part", part, "--json", "--site", str(folder.root)],
+        [*command(), "check", *([plan] if plan else []), "--part", part, "--json", "--site", str(folder.root)],
         capture_output=True,
         text=True,
         check=False,

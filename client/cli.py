@@ -131,20 +131,25 @@ def enrol(
 
 @app.command()
 def check(
+    plan: Annotated[
+        str | None, typer.Argument(metavar="PLAN", help="Look at the data against this plan: a file, or one on offer.")
+    ] = None,
     site: Site = None,
     part: Annotated[str | None, typer.Option("--part", hidden=True)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Look whether all is in order: data, clock, connection, keys."""
+    """Look whether all is in order: data, device, clock, connection, keys; writes a page with pictures that stays here."""
     from client.checks import Check, run_check, run_checks
 
     folder = SiteFolder.find(site)
     folder.require()
+    if plan is not None and plan.endswith(".toml"):
+        plan = str(Path(plan).absolute())
     if part is not None:
         become_owner(folder.root / part)
-        print(json.dumps([one.as_json() for one in run_check(folder, part)]))
+        print(json.dumps([one.as_json() for one in run_check(folder, part, plan)]))
         return
-    results: list[Check] = run_checks(folder)
+    results: list[Check] = run_checks(folder, plan)
     if as_json:
         print(json.dumps([one.as_json() for one in results]))
     else:

@@ -202,8 +202,8 @@ class SplitTable(_Table):
 class DataTable(_Table):
     """Which images take part and the grid they are brought to."""
 
-    modality: Literal["MR", "OP", "DX"] = Field(
-        description='DICOM modality: "MR", "OP" for eye photographs, or "DX" for radiographs as picture files'
+    modality: Literal["MR", "CT", "PT", "DX", "OP"] = Field(
+        description='DICOM modality: "MR", "CT", "PT", "DX" for radiographs, or "OP" for eye photographs'
     )
     dimensions: Dimensions = Field(description="2 (slices) or 3 (volumes)")
     patch: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(

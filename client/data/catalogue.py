@@ -11,17 +11,19 @@ import hmac
 import os
 import sqlite3
 import stat
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from filecmp import cmp
 from pathlib import Path, PurePosixPath
 
-from client.data import dicom, images, kspace
+from client.data import dicom, images, kspace, reader
+from client.data.aliases import Aliases
 from client.data.keys import key_of
 from client.data.records import Facts, File, Kind, Role, Series, Study
-from client.data.skips import Reason, Skipped, UnusableError, counts, unusable
+from client.data.seen import Outcome, Seen
+from client.data.skips import Reason, Skipped, UnusableError, counts
 from client.data.storage import replacing
 from shared_models.errors import FederadError
 
@@ -30,7 +32,7 @@ __all__ = ["Catalogue", "Progress", "Reason", "Series", "Skipped", "Study"]
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
-VERSION = 1
+VERSION = 2
 """Of the file's tables; another version is built anew."""
 
 _TABLES = """
@@ -42,11 +44,12 @@ CREATE TABLE series (
     kind TEXT NOT NULL, role TEXT NOT NULL, modality TEXT, scanner TEXT, reference TEXT);
 CREATE TABLE files (
     series INTEGER NOT NULL REFERENCES series, key TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    instance TEXT NOT NULL, PRIMARY KEY (series, key)) WITHOUT ROWID;
+    instance TEXT NOT NULL, n_planes INTEGER NOT NULL, burned_in INTEGER NOT NULL,
+    PRIMARY KEY (series, key)) WITHOUT ROWID;
 CREATE TABLE skipped (file TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID;
 """
 
-TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"))
+TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"), PurePosixPath("patients.csv"))
 """Files of the data folder that are about images and are none."""
 
 _FIXED_WORD = "federad catalogue"
@@ -69,8 +72,8 @@ class Catalogue:
     def build(cls, path: Path, source: Path, *, secret: bytes, on_progress: Progress | None = None) -> Catalogue:
         """Look at every file below ``source`` and write the catalogue to ``path``, all or nothing.
 
-        A DICOM file that was in the catalogue at ``path`` with the same size and time is not opened again. Links to
-        folders are not followed.
+        A file that was looked at before and has the same size and time is not opened again, also where an earlier look was
+        interrupted. Links to folders are not followed.
 
         Parameters
         ----------
@@ -89,15 +92,10 @@ class Catalogue:
             C140 if the folder holds no usable image, C142 if the catalogue cannot be written.
         """
         listing = _listing(source)
-        survey = _Survey(source, secret, known=_known(path, secret))
-        with warnings.catch_warnings():
-            # pydicom's warnings quote header values, and a log may leave the building.
-            warnings.simplefilter("ignore")
-            for done, relative in enumerate(listing, start=1):
-                survey.look_at(relative)
-                if on_progress is not None:
-                    on_progress(done, len(listing))
-        entries, skipped = _assembled(survey.entries, survey.skipped)
+        survey = _Survey(source, secret)
+        with Seen(path.with_name(f"{path.name}.seen"), survey.basis) as seen:
+            survey.look_at(listing, seen, on_progress)
+        entries, skipped = _assembled(survey.entries, survey.skipped, survey.are_copies, Aliases.of(source, secret))
         if not any(entry.facts.role is Role.IMAGE for entry in entries):
             raise _no_image(source, len(listing), skipped)
         with replacing(path) as partial:
@@ -175,48 +173,84 @@ class _Entry:
 
 
 class _Survey:
-    """Walks once over the files and sorts them into entries and skips."""
+    """Looks once at every file and sorts them into entries and skips."""
 
-    def __init__(self, source: Path, secret: bytes, known: dict[str, _Entry]) -> None:
+    def __init__(self, source: Path, secret: bytes) -> None:
         self.entries: list[_Entry] = []
         self.skipped: list[Skipped] = []
         self._source = source
         self._secret = secret
-        self._known = known
         self._index = images.Index.of(source)
+        self._paths: dict[str, PurePosixPath] = {}
+        self.basis = key_of(secret, f"{VERSION}\n{self._index}")
+        """What besides a file decides what it says."""
 
-    def look_at(self, relative: PurePosixPath) -> None:
-        if relative in TABLES:
-            return
-        key = _file_key(self._secret, relative)
+    def look_at(self, listing: Sequence[PurePosixPath], seen: Seen, on_progress: Progress | None) -> None:
+        """Each file's outcome, from memory where it is unchanged; new files are read several at a time."""
+        outcomes: dict[File, Outcome] = {}
+        new: list[File] = []
+        n_done = 0
+        for relative in listing:
+            file, outcome = self._known(relative, seen)
+            if file is not None and outcome is not None:
+                outcomes[file] = outcome
+            elif file is not None:
+                outcomes[file] = Reason.NOT_OPENED  # in its place, until it has been looked at
+                new.append(file)
+                continue
+            n_done += 1
+            if on_progress is not None:
+                on_progress(n_done, len(listing))
+        for file, outcome in zip(new, reader.side_by_side(self._inspected, new), strict=True):
+            outcomes[file] = outcome
+            seen.note(file, outcome)
+            n_done += 1
+            if on_progress is not None:
+                on_progress(n_done, len(listing))
+        seen.forget({file.key for file in outcomes})
+        for file, outcome in outcomes.items():
+            if isinstance(outcome, Reason):
+                self.skipped.append(Skipped(file.key, outcome))
+            else:
+                self.entries += [_Entry(file, facts) for facts in outcome]
+
+    def are_copies(self, a: File, b: File) -> bool:
+        """Whether two files hold the same bytes."""
+        if a.size != b.size:
+            return False
         try:
-            self.entries += self._entries(key, relative)
-        except UnusableError as error:
-            self.skipped.append(Skipped(key, error.reason))
+            return cmp(self._source / self._paths[a.key], self._source / self._paths[b.key], shallow=False)
+        except OSError:
+            return False
 
-    def _entries(self, key: str, relative: PurePosixPath) -> Iterable[_Entry]:
-        path = self._source / relative
-        with unusable(Reason.NOT_OPENED):
-            status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UnusableError(Reason.NOT_AN_IMAGE)
-        if status.st_size == 0:
-            raise UnusableError(Reason.EMPTY)
+    def _known(self, relative: PurePosixPath, seen: Seen) -> tuple[File | None, Outcome | None]:
+        """A file, and its outcome where that is known without opening it; no file for what is none of the images."""
+        if relative in TABLES:
+            return None, None
+        key = _file_key(self._secret, relative)
+        self._paths[key] = relative
+        try:
+            status = os.stat(f"{self._source}/{relative}")  # noqa: PTH116  # building a Path costs more than asking
+        except OSError:
+            return File(key, 0, 0), Reason.NOT_OPENED
         file = File(key, status.st_size, status.st_mtime_ns)
-        known = self._known.get(key)
-        if known is not None and known.file == file:
-            return [known]
-        return [_Entry(file, facts) for facts in self._inspect(path, relative, status.st_size)]
+        if not stat.S_ISREG(status.st_mode):
+            return file, Reason.NOT_AN_IMAGE
+        return file, Reason.EMPTY if status.st_size == 0 else seen.of(file)
 
-    def _inspect(self, path: Path, relative: PurePosixPath, size: int) -> tuple[Facts, ...]:
-        name = relative.name.lower()
-        if name.endswith(images.NIFTI_ENDINGS):
-            return (images.inspect_nifti(path, relative, self._secret),)
-        if name.endswith(images.PICTURE_ENDINGS):
-            return images.inspect_picture(path, relative, self._secret, self._index)
-        if name.endswith(kspace.ENDINGS):
-            return (kspace.inspect(path, relative, self._secret, self._index),)
-        return (dicom.inspect(path, size, self._secret),)
+    def _inspected(self, file: File) -> Outcome:
+        relative = self._paths[file.key]
+        path, name = self._source / relative, relative.name.lower()
+        try:
+            if name.endswith(images.NIFTI_ENDINGS):
+                return (images.inspect_nifti(path, relative, self._secret),)
+            if name.endswith(images.PICTURE_ENDINGS):
+                return images.inspect_picture(path, relative, self._secret, self._index)
+            if name.endswith(kspace.ENDINGS):
+                return (kspace.inspect(path, relative, self._secret, self._index),)
+            return (dicom.inspect(path, self._secret),)
+        except UnusableError as error:
+            return error.reason
 
 
 def _listing(source: Path) -> list[PurePosixPath]:
@@ -229,17 +263,26 @@ def _file_key(secret: bytes, relative: PurePosixPath) -> str:
     return key_of(secret, f"file:{relative}")
 
 
-def _assembled(entries: list[_Entry], skipped: list[Skipped]) -> tuple[list[_Entry], list[Skipped]]:
-    """Entries without copies and without labels that belong to no image; each label moved to the study of its image."""
-    seen: set[tuple[str, str]] = set()
+def _assembled(
+    entries: list[_Entry], skipped: list[Skipped], are_copies: Callable[[File, File], bool], aliases: Aliases
+) -> tuple[list[_Entry], list[Skipped]]:
+    """Entries under their patient, without copies and without labels that belong to no image; each label moved to the
+    study of its image."""
+    skipped = list(skipped)
+    entries = [_Entry(e.file, replace(e.facts, patient=aliases.patient(e.facts.patient))) for e in entries]
+    disputed = _disputed(entries)
+    seen: dict[tuple[str, str], File] = {}
     image_entries: list[_Entry] = []
     label_entries: list[_Entry] = []
-    skipped = list(skipped)
     for entry in entries:
-        if (identity := (entry.facts.study, entry.facts.instance)) in seen:
-            skipped.append(Skipped(entry.file.key, Reason.DUPLICATE))
+        if entry.facts.series in disputed:
+            skipped.append(Skipped(entry.file.key, Reason.PATIENTS_DISAGREE))
             continue
-        seen.add(identity)
+        first = seen.setdefault((entry.facts.study, entry.facts.instance), entry.file)
+        if first != entry.file:
+            is_copy = are_copies(first, entry.file)
+            skipped.append(Skipped(entry.file.key, Reason.DUPLICATE if is_copy else Reason.UID_TWICE))
+            continue
         (image_entries if entry.facts.role is Role.IMAGE else label_entries).append(entry)
     places = _Places(image_entries)
     labels = []
@@ -249,6 +292,14 @@ def _assembled(entries: list[_Entry], skipped: list[Skipped]) -> tuple[list[_Ent
         else:
             labels.append(_Entry(entry.file, replace(entry.facts, study=study)))
     return image_entries + labels, _once(skipped)
+
+
+def _disputed(entries: list[_Entry]) -> set[str]:
+    """Series that appear under several patients: nobody knows whose they are, or whether two are one person."""
+    patients: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        patients[entry.facts.series].add(entry.facts.patient)
+    return {series for series, of in patients.items() if len(of) > 1}
 
 
 class _Places:
@@ -309,10 +360,15 @@ def _write(path: Path, source: Path, secret_check: str, entries: list[_Entry], s
                 (*series, facts.kind, facts.role, facts.modality, facts.scanner, facts.reference),
             )
             db.executemany(
-                "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
-                [(row.lastrowid, m.file.key, m.file.size, m.file.mtime_ns, m.facts.instance) for m in members],
+                "INSERT INTO files VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [(row.lastrowid, *_file_row(member)) for member in members],
             )
         db.executemany("INSERT INTO skipped VALUES (?, ?)", [(s.key, s.reason) for s in skipped])
+
+
+def _file_row(entry: _Entry) -> tuple[object, ...]:
+    file, facts = entry.file, entry.facts
+    return file.key, file.size, file.mtime_ns, facts.instance, facts.n_planes, facts.says_burned_in
 
 
 def _by_series(entries: list[_Entry]) -> dict[tuple[str, str, str], list[_Entry]]:
@@ -325,16 +381,16 @@ def _by_series(entries: list[_Entry]) -> dict[tuple[str, str, str], list[_Entry]
 
 _FILES = """
 SELECT s.patient, r.study, r.key, r.name, r.kind, r.role, r.modality, r.scanner, r.reference, s.split,
-       f.key, f.size, f.mtime_ns, f.instance
+       f.n_planes, f.burned_in, f.instance, f.key, f.size, f.mtime_ns
 FROM files f JOIN series r ON f.series = r.id JOIN studies s ON r.study = s.key
 ORDER BY s.patient, r.study, r.key, r.name, f.key
 """
 
 
 def _stored(db: sqlite3.Connection) -> Iterator[_Entry]:
-    for patient, study, key, name, kind, role, modality, scanner, reference, split, *file, instance in db.execute(
-        _FILES
-    ):
+    for row in db.execute(_FILES):
+        patient, study, key, name, kind, role, modality, scanner, reference, split, n_planes, burned_in, *rest = row
+        instance, *file = rest
         yield _Entry(
             File(*file),
             Facts(
@@ -349,24 +405,10 @@ def _stored(db: sqlite3.Connection) -> Iterator[_Entry]:
                 scanner=scanner,
                 reference=reference,
                 split=split,
+                n_planes=n_planes,
+                says_burned_in=bool(burned_in),
             ),
         )
-
-
-def _known(path: Path, secret: bytes) -> dict[str, _Entry]:
-    """DICOM files of an earlier catalogue at ``path``, by key; empty if there is none or it is of another secret."""
-    try:
-        with closing(_connect(path)) as db:
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-            if (
-                version != VERSION
-                or key_of(secret, _FIXED_WORD) != dict(db.execute("SELECT * FROM about"))["secret_check"]
-            ):
-                return {}
-            dicom_kinds = (Kind.DICOM, Kind.SEGMENTATION)
-            return {entry.file.key: entry for entry in _stored(db) if entry.facts.kind in dicom_kinds}
-    except (sqlite3.Error, KeyError, ValueError, TypeError):
-        return {}
 
 
 def _studies(db: sqlite3.Connection) -> list[Study]:
@@ -400,6 +442,8 @@ def _series(members: list[_Entry]) -> Series:
         modality=facts.modality,
         scanner=facts.scanner,
         reference=facts.reference,
+        n_planes=sum(member.facts.n_planes for member in members),
+        says_burned_in=any(member.facts.says_burned_in for member in members),
     )
 
 

@@ -420,7 +420,8 @@ def read_scan(channels: Sequence[Series], label: Series | None, path_of: Callabl
     if label is None:
         return scan
     drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
-    return scan.labelled(dicom.read_segmentation(mask[0], drawn_on, names))
+    drawn = dicom.read_structures if label.kind is Kind.STRUCTURES else dicom.read_segmentation
+    return scan.labelled(drawn(mask[0], drawn_on, names))
 
 
 def chosen_series(study: Study, plan: Plan, *, may_lack_label: bool = False) -> tuple[list[Series], Series | None]:
@@ -487,7 +488,7 @@ def _begins_at_kspace(plan: Plan) -> bool:
 
 def _is_flat(series: Series) -> bool:
     """One picture or one slice, as far as files tell."""
-    return series.kind is Kind.PICTURE or (series.kind is Kind.DICOM and len(series.files) < 2)
+    return series.kind is Kind.PICTURE or (series.kind is Kind.DICOM and series.n_planes < 2)
 
 
 def _only_image(fitting: dict[str, Series], label: Series | None) -> Series:

@@ -8,6 +8,7 @@ photographs are of one person. DICOM is in ``dicom``.
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data import reader
 from client.data.keys import Split, key_of, plain_name, published_split
 from client.data.records import Facts, Kind, Role
 from client.data.scan import MAX_SIDE, Scan, corners_agree, indices_from_mask
@@ -23,7 +25,11 @@ from client.data.skips import Reason, UnusableError, unusable
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 LABEL_STEMS = ("label", "seg", "mask")
+BIDS_MASKS = ("mask", "dseg")
 COLOURS = ("red", "green", "blue")
+
+_BIDS = re.compile(r"(?P<subject>sub-[0-9A-Za-z]+)_(?:(?P<session>ses-[0-9A-Za-z]+)_)?(?P<rest>.+)\.nii(?:\.gz)?")
+"""Brain Imaging Data Structure 1.10: sub-<label>[_ses-<label>][_<key>-<value>...]_<suffix>."""
 
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -63,20 +69,20 @@ class Index:
 def inspect_nifti(path: Path, relative: PurePosixPath, secret: bytes) -> Facts:
     """What a NIfTI file is, from its place and header: patient = top folder, study = folder, series = stem.
 
-    Everything below one folder of the site is one patient, so that several visits stay in one split.
+    Everything below one folder of the site is one patient, so that several visits stay in one split. Files named and placed
+    as BIDS says (``sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz``) belong to that subject and session, derivatives too.
 
     Raises
     ------
     UnusableError
         If the header cannot be read, or it is not one volume.
     """
-    import nibabel
-
-    with unusable(Reason.DAMAGED):
-        shape = nibabel.load(path).shape
+    shape = reader.ask("nifti header", path).facts["shape"]
     if len(shape) != 3:
         raise UnusableError(Reason.NOT_SUPPORTED)
     _check_size(*shape)
+    if (bids := _BIDS.fullmatch(relative.name)) and bids["subject"] in relative.parts[:-1]:
+        return _bids_facts(bids, relative, secret)
     name = plain_name(relative.name.lower().removesuffix(".gz").removesuffix(".nii"), *relative.parts[:-1])
     return Facts(
         patient=key_of(secret, relative.parts[0] if len(relative.parts) > 1 else "."),
@@ -89,6 +95,23 @@ def inspect_nifti(path: Path, relative: PurePosixPath, secret: bytes) -> Facts:
     )
 
 
+def _bids_facts(bids: re.Match[str], relative: PurePosixPath, secret: bytes) -> Facts:
+    """What a file of a BIDS data set is: subject, session, and a name of its other parts; derivatives join them."""
+    parts = [part.lower() for part in bids["rest"].split("_")]
+    if parts[-1] in BIDS_MASKS and "desc-brain" in parts:
+        raise UnusableError(Reason.NOT_SUPPORTED)
+    study = "/".join(filter(None, (bids["subject"], bids["session"])))
+    return Facts(
+        patient=key_of(secret, bids["subject"]),
+        study=key_of(secret, f"folder:{study}"),
+        series=key_of(secret, f"nifti:{relative}"),
+        instance=key_of(secret, f"nifti:{relative}"),
+        name="mask" if parts[-1] in BIDS_MASKS else plain_name("_".join(parts), bids["subject"]),
+        kind=Kind.NIFTI,
+        role=Role.LABEL if parts[-1] in BIDS_MASKS else Role.IMAGE,
+    )
+
+
 def inspect_picture(path: Path, relative: PurePosixPath, secret: bytes, index: Index) -> tuple[Facts, ...]:
     """What a photograph or mask is, from its place and header: one entry per channel of an image, one for a mask.
 
@@ -97,14 +120,12 @@ def inspect_picture(path: Path, relative: PurePosixPath, secret: bytes, index: I
     UnusableError
         If the header cannot be read, or it lies elsewhere than in ``images``, a folder below it, ``masks`` or ``fov``.
     """
-    from PIL import Image
-
     is_sorted = relative.parent.parent.name == "images"
     if relative.parent.name not in ("images", "masks", "fov") and not is_sorted:
         raise UnusableError(Reason.NOT_AN_IMAGE)
-    with unusable(Reason.DAMAGED), Image.open(path) as picture:
-        _check_size(*picture.size)
-        is_grey = picture.mode in _GREY_MODES
+    said = reader.ask("picture header", path).facts
+    _check_size(*said["size"])
+    is_grey = bool(said["is_grey"])
     place = relative.parent.parent / relative.stem
     if is_sorted:
         place = relative.parents[2] / relative.parent.name / relative.stem
@@ -136,12 +157,8 @@ def read_nifti(path: Path) -> Scan:
     UnusableError
         If it cannot be decoded or its affine is singular.
     """
-    import nibabel
-
-    with unusable(Reason.PIXELS):
-        stored = nibabel.load(path)
-        values = np.asarray(stored.dataobj, dtype=np.float32)
-    affine = _RAS_TO_LPS @ np.asarray(stored.affine, dtype=np.float64)
+    values, to_ras = reader.ask("nifti", path).arrays
+    affine = _RAS_TO_LPS @ to_ras
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-9:
         raise UnusableError(Reason.BAD_GEOMETRY)
     return Scan(values.transpose(2, 1, 0)[np.newaxis], affine)
@@ -196,6 +213,37 @@ def read_mask(mask: Path, fov: Path | None, n_labels: int) -> NDArray[np.uint8]:
 
 
 def _pixels(path: Path, *, colour: bool = False) -> NDArray[Any]:
+    return reader.ask("picture", path, colour=colour).arrays[0]
+
+
+def nifti_shape(path: Path) -> list[int]:
+    """Size of a NIfTI image, from its header; called in the child process."""
+    import nibabel
+
+    with unusable(Reason.DAMAGED):
+        return [int(n) for n in nibabel.load(path).shape]
+
+
+def nifti_values(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Values ``(i, j, k)`` and affine to RAS mm of a NIfTI volume; called in the child process."""
+    import nibabel
+
+    with unusable(Reason.PIXELS):
+        stored = nibabel.load(path)
+        _check_size(*stored.shape)
+        return np.asarray(stored.dataobj, dtype=np.float32), np.asarray(stored.affine, dtype=np.float64)
+
+
+def picture_header(path: Path) -> tuple[tuple[int, int], bool]:
+    """Columns and rows of a picture, and whether it is grey; called in the child process."""
+    from PIL import Image
+
+    with unusable(Reason.DAMAGED), Image.open(path) as picture:
+        return picture.size, picture.mode in _GREY_MODES
+
+
+def picture_values(path: Path, *, colour: bool = False) -> NDArray[Any]:
+    """Stored values of a picture, ``(row, column)`` or with a last axis of colours; called in the child process."""
     from PIL import Image
 
     with unusable(Reason.PIXELS), Image.open(path) as picture:

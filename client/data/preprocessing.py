@@ -29,6 +29,9 @@ series was not acquired axially and its axial planes are interpolation rather th
 SAME_SPACING = 1e-5
 """Relative difference up to which two spacings are one; headers round them to about six digits."""
 
+MAX_LEANING = 0.1
+"""How far the last slice may lie aside from the first one's normal without being shifted [pixels]."""
+
 _LPS_ENDS = (("R", "L"), ("A", "P"), ("I", "S"))
 """Where each axis of an LPS affine begins and ends; MONAI assumes RAS otherwise."""
 
@@ -63,6 +66,7 @@ def prepare(scan: Scan, data: DataTable) -> Volume:
         raise UnusableError(Reason.NEEDS_VOLUME)
     if scan.affine is None and data.spacing_mm is not None:
         raise UnusableError(Reason.NO_SPACING)
+    scan = straightened(scan)
     image, label, spacing_mm = (
         (scan.image, scan.label, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
     )
@@ -75,7 +79,8 @@ def on_scan_grid(
     """What was computed on a prepared volume, back on the grid of the scan that it was prepared from.
 
     The inverse of the geometry of :func:`prepare`: flips and permutations are undone exactly; where the spacing had been
-    changed, values are interpolated linearly at the centres of the scan's own voxels, and the edge goes on outside.
+    changed, values are interpolated linearly at the centres of the scan's own voxels, and the edge goes on outside. Slices
+    of a tilted gantry are shifted back; what had been shifted out of the picture is 0.
 
     Parameters
     ----------
@@ -96,8 +101,10 @@ def on_scan_grid(
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
     from scipy.ndimage import affine_transform
 
-    to_patient = io_orientation(scan.affine)
-    scan_mm = np.linalg.norm(scan.affine[:3, :3], axis=0)
+    leaning = _leaning(scan)
+    upright = scan.affine if leaning is None else leaning[1]
+    to_patient = io_orientation(upright)
+    scan_mm = np.linalg.norm(upright[:3, :3], axis=0)
     columns_first = np.array(scan.shape[::-1])
     along = to_patient[:, 0].astype(int)  # of each axis of the scan, the patient axis that it runs along
     shape, fine_mm = np.empty(3, int), np.empty(3)
@@ -112,13 +119,59 @@ def on_scan_grid(
         values = np.stack(fine)
     back = ornt_transform(np.stack([np.arange(3), np.ones(3)], axis=1), to_patient)
     turned = [apply_orientation(channel.transpose(2, 1, 0), back).transpose(2, 1, 0) for channel in values]
+    if leaning is not None:
+        turned = [_shifted(channel, -leaning[0], order=1, outside=0.0) for channel in turned]
     return np.ascontiguousarray(turned, dtype=np.float32)
+
+
+def straightened(scan: Scan) -> Scan:
+    """The same scan with its slices above each other: those of a tilted gantry are shifted in their planes.
+
+    Images bilinearly, labels to the nearest pixel, about the slice in the middle; what comes in from outside is the
+    darkest value and no label. A scan that is straight passes unchanged.
+    """
+    leaning = _leaning(scan)
+    if leaning is None:
+        return scan
+    shifts, upright = leaning
+    image = np.stack([_shifted(channel, shifts, order=1, outside=float(channel.min())) for channel in scan.image])
+    return Scan(image, upright, None if scan.label is None else _shifted(scan.label, shifts, order=0, outside=0))
+
+
+def _leaning(scan: Scan) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """How far each slice must move along rows and columns [pixels], ``(slice, 2)``, and the affine that it then has.
+
+    None for a scan whose slices lie above each other.
+    """
+    if scan.affine is None:
+        return None
+    x, y, step = scan.affine[:3, :3].T
+    normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
+    per_slice = np.array([step @ y / (y @ y), step @ x / (x @ x)])
+    if not abs(np.dot(normal, step)) > 0 or np.abs(per_slice).max() * max(scan.shape[0] - 1, 0) < MAX_LEANING:
+        return None
+    middle = (scan.shape[0] - 1) / 2
+    affine = scan.affine.copy()
+    affine[:3, 2] = normal * np.dot(normal, step)
+    affine[:3, 3] += middle * (per_slice[0] * y + per_slice[1] * x)
+    return (np.arange(scan.shape[0]) - middle)[:, None] * per_slice, affine
+
+
+def _shifted(values: NDArray[Any], shifts: NDArray[np.float64], *, order: int, outside: float) -> NDArray[Any]:
+    """Each slice of ``(slice, row, column)`` moved by so many pixels along its rows and columns."""
+    from scipy.ndimage import shift
+
+    moved = np.empty_like(values)
+    for k, by in enumerate(shifts):
+        moved[k] = shift(values[k], by, order=order, mode="constant", cval=outside)
+    return moved
 
 
 def on_patient_axes(scan: Scan, data: DataTable) -> Volume:
     """A scan on the nearest patient axes in its own grid, with intensities as they were stored; UnusableError as above."""
     if not np.isfinite(scan.image).all():
         raise UnusableError(Reason.NOT_FINITE)
+    scan = straightened(scan)
     image, _, spacing_mm = (
         (scan.image, None, (1.0, 1.0, 1.0)) if scan.affine is None else _on_grid(scan, scan.affine, data)
     )

@@ -13,6 +13,7 @@ class Kind(StrEnum):
 
     DICOM = "dicom"
     SEGMENTATION = "dicom segmentation"
+    STRUCTURES = "dicom structures"
     NIFTI = "nifti"
     PICTURE = "picture"
     KSPACE = "k-space"
@@ -53,6 +54,12 @@ class Series:
     reference: str | None = None
     """Key of the image series that a segmentation was drawn on."""
 
+    n_planes: int = 1
+    """Planes in all files together."""
+
+    says_burned_in: bool = False
+    """Whether a header says that text is burned into the pixels."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -88,3 +95,8 @@ class Facts:
     scanner: str | None = None
     reference: str | None = None
     split: Split | None = None
+    n_planes: int = 1
+    """Planes in the file: frames of a multi-frame image, at least two for a mosaic."""
+
+    says_burned_in: bool = False
+    """Whether the header says that text is burned into the pixels (0028,0301)."""

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from tests.benchmarks.reading import READERS, SLICES, SYNTAXES
+
 ENGINES = [("in-process", n) for n in (4, 16, 64)] + [("flower-ray", n) for n in (4, 16)]
 AGGREGATIONS = [("ours", 4), ("ours", 20), ("flower", 20)]
 NETWORKS = ("default", "larger")
@@ -29,6 +31,10 @@ TARGETS = {
     "private_time": 1.4,
     "private_memory": 0.65,
     "adaptation": 0.25,
+    "uncompressed_over_bytes": 1.3,
+    "compressed_over_best": 1.1,
+    "catalogued_per_s": 200,
+    "known_per_s": 5000,
 }
 
 
@@ -45,12 +51,12 @@ def measure(module: str, *arguments: object, **variables: str) -> dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path(".bench"))
-    parser.add_argument("--only", choices=("engines", "aggregation", "privacy", "adaptation"))
+    parser.add_argument("--only", choices=("engines", "aggregation", "privacy", "adaptation", "reading"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     result: dict[str, Any] = {}
-    for part in (engines, aggregation, privacy, adaptation):
+    for part in (engines, aggregation, privacy, adaptation, reading):
         if options.only in (None, part.__name__):
             result |= part(console)
     (options.out / "bench.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -146,6 +152,45 @@ def adaptation(console: Console) -> dict[str, Any]:
     table.add_row(*(f"{value:.1%}" for value in added.values()), f"<= {TARGETS['adaptation']:.0%}")
     console.print(table)
     return {"adaptation": added}
+
+
+def reading(console: Console) -> dict[str, Any]:
+    """Reading a DICOM series against other readers, and cataloguing a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure("reading", "write", folder)
+        cases = [(reader, syntax) for syntax in SYNTAXES for reader in READERS if reader != "bytes" or syntax == "raw"]
+        rows = [attempt(reader, syntax, folder) for reader, syntax in track(cases, "reading", console=console)]
+        speed = measure("reading", "catalogue", folder)
+    seconds = {(row["reader"], row["syntax"]): row["cpu_s"] for row in rows}
+    table = Table(
+        title=f"CPU s for a series of 512 x 512 x {SLICES} (16 bits), one thread; ours with geometry and units"
+    )
+    for column in ("syntax", *READERS, "ours / best", "target"):
+        table.add_column(column, justify="right")
+    ratios = {}
+    for syntax in SYNTAXES:
+        others = [seconds[reader, syntax] for reader in READERS if reader not in ("federad", "bytes")
+                  and seconds.get((reader, syntax)) is not None]  # fmt: skip
+        best = seconds["bytes", "raw"] if syntax == "raw" else min(others)
+        ratios[syntax] = seconds["federad", syntax] / best
+        target = TARGETS["uncompressed_over_bytes" if syntax == "raw" else "compressed_over_best"]
+        cells = [seconds.get((reader, syntax)) for reader in READERS]
+        shown = ["" if cell is None else f"{cell:.2f}" for cell in cells]
+        table.add_row(syntax, *shown, f"{ratios[syntax]:.2f}", f"<= {target}")
+    console.print(table)
+    console.print(
+        f"catalogue: {speed['first_per_s']:.0f} files/s at first (target >= {TARGETS['catalogued_per_s']}), "
+        f"{speed['second_per_s']:.0f} files/s when nothing changed (target >= {TARGETS['known_per_s']})"
+    )
+    return {"reading": rows, "reading_ratios": ratios, "catalogue": speed}
+
+
+def attempt(reader: str, syntax: str, folder: str) -> dict[str, Any]:
+    """One reader on one syntax; without seconds where it cannot read it."""
+    try:
+        return measure("reading", reader, syntax, folder, OMP_NUM_THREADS="1")
+    except SystemExit:
+        return {"reader": reader, "syntax": syntax, "cpu_s": None}
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ class TestLife:
         heads = ok("audit", "verify", *site)
         assert heads["station"]["lines"] >= 4
         checks = {check["name"]: check for check in ok("check", *site)}
-        assert set(checks) == {"data", "keys", "connection", "ledger"}
+        assert set(checks) == {"device", "data", "keys", "connection", "ledger"}
         assert not any(check["error"] for check in checks.values())
 
         children = descendants(pid)

@@ -107,8 +107,8 @@ class TestSeries:
             (lambda ds: setattr(ds, "ImagePositionPatient", [9, 0, 4]), Reason.BAD_GEOMETRY),
             (lambda ds: setattr(ds, "ImagePositionPatient", [0, 0, 999]), Reason.UNEVEN_SLICES),
             (lambda ds: setattr(ds, "Rows", 3), Reason.SLICES_DIFFER),
-            (lambda ds: setattr(ds, "PixelData", ds.PixelData[:6]), Reason.PIXELS),
-            (lambda ds: setattr(ds, "PhotometricInterpretation", "PALETTE COLOR"), Reason.NOT_SUPPORTED),
+            (lambda ds: setattr(ds, "PixelData", ds.PixelData[:6]), Reason.DAMAGED),
+            (lambda ds: setattr(ds, "PhotometricInterpretation", "PALETTE COLOR"), Reason.SLICES_DIFFER),
         ],
     )
     def test_slices_that_form_no_stack_are_refused(self, tmp_path, write_series, edit, change, reason):

@@ -1,0 +1,197 @@
+"""One reader on one series, in a process of its own; prints one JSON line.
+
+``python -m tests.benchmarks.reading write FOLDER`` writes a CT-like series of 512 x 512 x 24 in five transfer syntaxes and
+1,000 small files; ``... reading READER SYNTAX FOLDER`` reads one. CPU seconds are user plus system of this process and of
+those that it starts, the least of three reads after one that warms up; ``catalogue`` gives files per second of wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+SLICES = 24
+SYNTAXES = ("raw", "rle", "jpeg-ls", "jpeg-2000", "jpeg-lossless")
+READERS = ("bytes", "federad", "pydicom", "simpleitk", "dcm2niix", "monai")
+SMALL = 1000
+SECRET = b"the secret of the benchmarks ..."
+
+
+def tree_cpu_s() -> float:
+    """CPU seconds of this process, of those it has ended, and of those that live, finer than a clock's tick."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    total = time.process_time() + ended.ru_utime + ended.ru_stime
+    for child in psutil.Process().children(recursive=True):
+        for thread in Path(f"/proc/{child.pid}/task").iterdir():
+            total += int((thread / "schedstat").read_text().split()[0]) / 1e9
+    return total
+
+
+def write(folder: Path) -> None:
+    """The series in all syntaxes, and the small files."""
+    from pydicom.uid import CTImageStorage, JPEG2000Lossless, JPEGLSLossless, RLELossless
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(0)
+    base = gaussian_filter(rng.random((512, 512)), 12)
+    base = (base - base.min()) / np.ptp(base) * 3000
+    for k in range(SLICES):
+        values = np.clip(base + rng.normal(0, 12, base.shape), 0, 4095).astype(np.uint16)
+        ds = _slice(values, k, "1.2.3", CTImageStorage)
+        ds.save_as(_in(folder / "raw") / f"{k:03d}.dcm", enforce_file_format=True)
+        for name, syntax in (("rle", RLELossless), ("jpeg-ls", JPEGLSLossless), ("jpeg-2000", JPEG2000Lossless)):
+            ds.PixelData = values.tobytes()
+            ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+            ds.compress(syntax, generate_instance_uid=False)
+            ds.save_as(_in(folder / name) / f"{k:03d}.dcm", enforce_file_format=True)
+        _as_lossless_jpeg(folder / "raw" / f"{k:03d}.dcm", _in(folder / "jpeg-lossless") / f"{k:03d}.dcm")
+    for n in range(SMALL):
+        small = _slice(np.zeros((32, 32), np.uint16), n % 20, f"1.2.3.{n // 20}", CTImageStorage)
+        small.PatientID, small.StudyInstanceUID = str(n // 20), f"1.2.4.{n // 20}"
+        small.save_as(_in(folder / "small" / str(n // 20)) / f"{n}.dcm", enforce_file_format=True)
+
+
+def _in(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _slice(values, k, series, storage):
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = storage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.PatientID, ds.PatientName, ds.StudyInstanceUID, ds.SeriesInstanceUID = "1", "B^A", "1.2.4", series
+    ds.Modality, ds.Manufacturer, ds.ManufacturerModelName, ds.InstanceNumber = "CT", "SIEMENS", "Aurora", k + 1
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [0, 0, 1.5 * k], [1, 0, 0, 0, 1, 0]
+    ds.PixelSpacing, ds.SliceThickness, ds.RescaleSlope, ds.RescaleIntercept = [0.7, 0.7], 1.5, 1, -1024
+    ds.Rows, ds.Columns = values.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation, ds.SamplesPerPixel = 16, 12, 11, 0, 1
+    ds.PhotometricInterpretation, ds.PixelData = "MONOCHROME2", values.tobytes()
+    return ds
+
+
+def _as_lossless_jpeg(source: Path, target: Path) -> None:
+    import gdcm
+
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(source))
+    reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    if not change.Change():
+        raise SystemExit("gdcm cannot write lossless JPEG")
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    writer.SetFileName(str(target))
+    writer.Write()
+
+
+def read_bytes(paths: list[Path]) -> None:
+    """What any reader has to do at least: every byte into one array."""
+    sizes = [path.stat().st_size for path in paths]
+    whole, at = np.empty(sum(sizes), np.uint8), 0
+    for path, size in zip(paths, sizes, strict=True):
+        with path.open("rb", buffering=0) as file:
+            file.readinto(whole[at : at + size])
+        at += size
+
+
+def read_federad(paths: list[Path]) -> None:
+    """Ours: checked geometry, intensities in Hounsfield units as float32."""
+    from client.data import dicom
+
+    dicom.read_series(paths, even=True)
+
+
+def read_pydicom(paths: list[Path]) -> None:
+    """Stored values, in the order of the files, as pydicom decodes by default."""
+    import pydicom
+
+    np.stack([pydicom.dcmread(path).pixel_array for path in paths])
+
+
+def read_simpleitk(paths: list[Path]) -> None:
+    """GDCM within ITK, rescaled."""
+    import SimpleITK
+
+    series = SimpleITK.ImageSeriesReader()
+    series.SetFileNames(series.GetGDCMSeriesFileNames(str(paths[0].parent)))
+    SimpleITK.GetArrayViewFromImage(series.Execute())
+
+
+def read_dcm2niix(paths: list[Path]) -> None:
+    """The program, its start and the file that it writes included."""
+    import dcm2niix
+
+    with tempfile.TemporaryDirectory() as out:
+        command = [dcm2niix.bin, "-b", "n", "-z", "n", "-o", out, paths[0].parent]
+        subprocess.run(command, check=True, capture_output=True)
+        if not list(Path(out).glob("*.nii")):
+            raise SystemExit("dcm2niix converted nothing")
+
+
+def read_monai(paths: list[Path]) -> None:
+    """MONAI's PydicomReader."""
+    from monai.transforms import LoadImage
+
+    LoadImage(reader="PydicomReader", image_only=True)(str(paths[0].parent))
+
+
+def measured(read: Callable[[list[Path]], None], paths: list[Path], times: int = 3) -> float:
+    """The least CPU seconds of several reads."""
+    read(paths)
+    spent = []
+    for _ in range(times):
+        began = tree_cpu_s()
+        read(paths)
+        spent.append(tree_cpu_s() - began)
+    return min(spent)
+
+
+def catalogue(folder: Path) -> dict[str, float]:
+    """Files per second at the first and at the second look."""
+    from client.data import reader
+    from client.data.catalogue import Catalogue
+
+    source, rates = folder / "small", []
+    path = folder / "catalogue.sqlite"
+    reader.ask("describe", next(source.rglob("*.dcm")))
+    for _ in range(2):
+        began = time.perf_counter()
+        Catalogue.build(path, source, secret=SECRET)
+        rates.append(SMALL / (time.perf_counter() - began))
+    for left in folder.glob("catalogue.sqlite*"):
+        left.unlink()
+    return {"first_per_s": rates[0], "second_per_s": rates[1]}
+
+
+def main() -> None:
+    what, *rest = sys.argv[1:]
+    if what == "write":
+        write(Path(rest[0]))
+        print(json.dumps({"written": rest[0]}))
+    elif what == "catalogue":
+        print(json.dumps(catalogue(Path(rest[0]))))
+    else:
+        paths = sorted((Path(rest[1]) / rest[0]).iterdir())
+        seconds = measured(globals()[f"read_{what}"], paths)
+        size = sum(path.stat().st_size for path in paths) / 1e6
+        print(json.dumps({"reader": what, "syntax": rest[0], "cpu_s": seconds, "mb": size}))
+
+
+if __name__ == "__main__":
+    main()
