@@ -70,6 +70,7 @@ def _data(station: Path, wanted: str | None) -> str:
     """
     from client.data.catalogue import Catalogue
     from client.data.cohort import Cohort, cohort_key
+    from client.exclusions import left_out
     from client.page import write
     from client.readiness import against, look
     from client.site import SiteConfig
@@ -87,7 +88,8 @@ def _data(station: Path, wanted: str | None) -> str:
     page = write(station, found)
     text = f"{found.n_patients} patients, {found.n_studies} studies in {config.data}"
     if plan is not None:
-        cohort = Cohort.build(station / "cohorts" / cohort_key(plan), catalogue, plan, secret=secret)
+        excluded = left_out(station, Path(config.data), secret)
+        cohort = Cohort.build(station / "cohorts" / cohort_key(plan), catalogue, plan, secret=secret, excluded=excluded)
         against(found, plan, cohort)
         page = write(station, found)
         text += f"; {sum(found.splits.values())} patients fit {plan.name}, {len(cohort.skipped)} studies do not"

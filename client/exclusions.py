@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from client.data.aliases import Aliases
 from client.data.keys import KEY_LENGTH
 from client.processes import write_durably
 from shared_models.errors import FederadError
@@ -35,6 +36,23 @@ def excluded(folder: Path) -> frozenset[str]:
     if not all(re.fullmatch(f"[0-9a-f]{{{KEY_LENGTH}}}", key) for key in keys):
         raise _unusable(folder, "a line is no key")
     return frozenset(keys)
+
+
+def left_out(folder: Path, data: Path, secret: bytes) -> frozenset[str]:
+    """Keys of the patients themselves, whichever of their identifiers was named; C116 or C127 if nobody can tell.
+
+    Parameters
+    ----------
+    folder
+        The station's.
+    data
+        The site's images, with the table of patients' several identifiers if there is one.
+    secret
+        The site's.
+    """
+    keys = excluded(folder)
+    aliases = Aliases.of(data, secret) if keys else None
+    return frozenset(aliases.patient(key) for key in keys) if aliases is not None else keys
 
 
 def write(folder: Path, keys: Iterable[str]) -> None:

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Self
 from client import audit, exclusions
 from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
+from client.data.aliases import Aliases
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.keys import key_of
@@ -219,19 +220,22 @@ class Station:
             C127 if the list cannot be read or written, C162 if the audit cannot be written.
         """
         keys = {key_of(self._secret, name.strip()) for name in patients if name.strip()}
+        aliases = Aliases.of(Path(self.config.data), self._secret)
         with self._alone():
             before = exclusions.excluded(self.folder)
             after = before - keys if take_back else before | keys
             if after != before:
                 exclusions.write(self.folder, after)
-            n_volumes = sum(Cohort.forget(file.parent, after) for file in self.folder.glob("cohorts/*/cohort.json"))
-            done = Exclusion(len(keys), len(before ^ after), len(after), n_volumes, self._n_known(keys))
+            gone = frozenset(aliases.patient(key) for key in after)
+            n_volumes = sum(Cohort.forget(file.parent, gone) for file in self.folder.glob("cohorts/*/cohort.json"))
+            n_known = self._n_known({aliases.patient(key) for key in keys})
+            done = Exclusion(len(keys), len(before ^ after), len(after), n_volumes, n_known)
             self.audit.write("taken-back" if take_back else "excluded", by_uid=os.getuid(), **done.as_json())
         return done
 
     def _left_out(self) -> frozenset[str]:
         """Keys of the patients who must not take part now; C127 if nobody can tell."""
-        return exclusions.excluded(self.folder)
+        return exclusions.left_out(self.folder, Path(self.config.data), self._secret)
 
     def _n_known(self, keys: set[str]) -> int | None:
         """How many of these keys the catalogue has; None where nobody looked yet."""

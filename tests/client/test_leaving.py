@@ -110,6 +110,21 @@ class TestExclusion:
         assert (cohort.n_excluded, reasons.count("consent withdrawn")) == (2, 2)
         assert people(station, smoke_plan) == everybody
 
+    def test_any_identifier_of_a_patient_will_do(self, site, smoke_plan, names, hospitals, tmp_path):
+        """
+        Where the site's table says that two numbers are one person, either leaves that person out.
+        """
+        data = shutil.copytree(hospitals[0].folder, tmp_path / "data")
+        (data / "patients.csv").write_text(f"identifier,patient\nOLD-NUMBER,{names[0]}\n")
+        station = Station(site.station)
+        station.config = station.config.model_copy(update={"data": str(data)})
+        before = people(station, smoke_plan)
+
+        done = station.exclude(["OLD-NUMBER"])
+
+        assert people(station, smoke_plan) == before - {key_of((site.station / "secret").read_bytes(), names[0])}
+        assert (done.in_catalogue, done.volumes_removed) == (1, 1)
+
     def test_list_and_audit_hold_numbers_and_no_names(self, site, names):
         """
         Whoever reads them learns how many and when, and not who.
