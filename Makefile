@@ -36,8 +36,9 @@ test: $(READY) ## the whole test suite, without root, within 15 minutes
 	$(BIN)/python -m pytest -m "not system" --numprocesses logical --maxprocesses 4 --dist loadfile
 
 .PHONY: system-packages
-system-packages: ## Debian's packages for a server: nginx (needs root)
+system-packages: ## Debian's packages: nginx for a server, Orthanc to try an archive (needs root)
 	@command -v nginx /usr/sbin/nginx >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light; }
+	@command -v Orthanc /usr/sbin/Orthanc >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb; }
 
 .PHONY: test-system
 test-system: $(READY) system-packages ## what needs root or time: full disks, other users, servers, broken builds

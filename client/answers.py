@@ -107,6 +107,12 @@ class AnswerStore:
         db.execute("UPDATE answers SET file = NULL WHERE run = ? AND round <= ?", old)
         return [str(file) for (file,) in named]
 
+    def forget(self, db: sqlite3.Connection, plan_sha256: str) -> list[Path]:
+        """Take the bytes of a plan's answers away from their keys, which stay; the files, to be deleted."""
+        rows = db.execute("SELECT file FROM answers WHERE plan = ? AND file IS NOT NULL", (plan_sha256,)).fetchall()
+        db.execute("UPDATE answers SET file = NULL WHERE plan = ?", (plan_sha256,))
+        return [self._folder / str(file) for (file,) in rows]
+
     def drop(self, files: Iterable[str]) -> None:
         """Delete files that no key names any more; what a crash keeps from it, :meth:`tidy` does."""
         for file in files:

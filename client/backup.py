@@ -51,6 +51,7 @@ PARTS = ("station", "courier")
 
 LEFT_OUT = (
     "station/cohorts/*/volumes/*",
+    "station/cohorts/*/salt",
     "station/logs/*",
     "courier/logs/*",
     "courier/flower/*",

@@ -344,6 +344,63 @@ def refuse(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def exclude(
+    patients: Annotated[
+        list[str] | None, typer.Argument(metavar="PATIENT...", help="PatientIDs, or names of subjects' folders.")
+    ] = None,
+    listed: Annotated[
+        Path | None, typer.Option("--from", help="A file with one on each line; keeps them out of the shell's history.")
+    ] = None,
+    take_back: Annotated[bool, typer.Option("--take-back", help="Let them take part again.")] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let patients take part no more, because they withdrew their consent; holds for every plan from now on."""
+    folder = SiteFolder.find(site)
+    names = [*(patients or []), *(_lines(listed) if listed is not None else [])]
+    if not names:
+        raise cannot("No patient was named.", "The list holds those who are.", "exclude PATIENT", "exclude --from FILE")
+    done = _station(folder).exclude(names, take_back=take_back)
+    text = (
+        f"{done.changed} of {done.named} were {'taken back' if take_back else 'excluded'}; {done.in_all} patients are "
+    )
+    text += f"excluded now. {done.volumes_removed} prepared volumes were removed."
+    if done.in_catalogue is not None and done.in_catalogue < done.named:
+        n_unknown = done.named - done.in_catalogue
+        text += f" [yellow]{n_unknown} of those named have no images here: check how they are spelt.[/]"
+    _show(folder, done.as_json(), text, "audit show", as_json)
+
+
+@app.command()
+def wipe(plan: PlanName, site: Site = None, as_json: AsJson = False) -> None:
+    """Remove what a refused plan has left here, and list what is gone; ledger and audit stay."""
+    from client.wiping import KEPT
+
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    chosen = station.plan_named(plan)
+    gone = station.wipe(chosen.plan)
+    told = {
+        "plan": chosen.plan.name,
+        "sha256": chosen.plan.sha256,
+        "gone": [one.as_json() for one in gone],
+        "kept": KEPT,
+    }
+    if as_json:
+        print(json.dumps(told))
+        return
+    table = Table(title=f"gone of {chosen.plan.name} ({chosen.plan.sha256[:12]})")
+    for column in ("what", "files", "bytes"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for one in gone:
+        table.add_row(one.what, f"{one.files:,}", f"{one.n_bytes:,}")
+    Console().print(table)
+    for what, why in KEPT.items():
+        print_line(f"The {what} stays: {why}.")
+    _next(folder, "audit verify")
+
+
+@app.command()
 def ledger(
     site: Site = None,
     after_restore: Annotated[
@@ -420,6 +477,40 @@ def fetch(
     _show(
         folder, {"release": fetched.sha256, "folder": str(fetched.folder), "card": str(card)}, text, "releases", as_json
     )
+
+
+@app.command()
+def predict(
+    release: Annotated[str, typer.Argument(metavar="RELEASE", help="The first digits of its SHA-256, or its run.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="A folder with one DICOM study or series, or an image.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The folder to be made for what was found.")],
+    deidentified: Annotated[
+        bool,
+        typer.Option("--deidentified", help="Write mapped identifiers and dates in place of the hospital's own."),
+    ] = False,
+    send: Annotated[
+        bool, typer.Option("--send", help="Also send the DICOM objects to the archive in site.toml.")
+    ] = False,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a fetched model look at a study; writes DICOM that refers to it, maps, measures and a page. For research."""
+    from client.inference import predict as predict_study
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.station)
+    with _bar("predicting", as_json) as told:
+        made = predict_study(
+            folder, release, study.absolute(), to.absolute(), deidentified=deidentified, send=send, on_progress=told
+        )
+    text = f"{escape(str(made.page))} shows what was found. Not for clinical use."
+    if "sent" in made.summary:
+        text += f" {made.summary['sent']} objects are in the archive."
+    result = {**made.summary, "folder": str(made.folder), "page": str(made.page)}
+    _show(folder, result, text, "releases", as_json)
 
 
 @app.command()
@@ -708,6 +799,15 @@ def _cost(station: Any, plan: Any, declared: int | None) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise cannot(
+            f"{path} cannot be read ({type(error).__name__}).", "It names patients.", "check the path"
+        ) from None
 
 
 def _read_reply(path: Path) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,13 @@ from client.policy import Policy
 from shared_models.consortium import Notice
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, encode_answer
+from shared_models.scanners import is_scanner
 
 Kind = Literal["update", "metric", "count", "cost"]
 """What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs."""
 
-NoticeKind = Literal["status", "progress"]
-"""What may leave in a notice: a word about this site, and how far it is in a round."""
+NoticeKind = Literal["status", "progress", "scanners"]
+"""What may leave in a notice: a word about this site, how far it is in a round, the scanners that somebody here typed."""
 
 StatusWord = Literal["approved", "refused", "started"]
 """Every word of a status: a plan was approved or refused here; the station was started."""
@@ -124,7 +125,7 @@ class Gate:
         None where the policy keeps such notices here.
 
         A ``status`` holds ``word``, one of :data:`StatusWord`; ``progress`` holds ``round`` and ``tick``, the tenths of
-        the round that are done.
+        the round that are done; ``scanners`` holds ``names``, each of a known maker and in plain characters.
 
         Raises
         ------
@@ -132,7 +133,10 @@ class Gate:
             C147 for another kind, another word, or a tick that is not one of ten.
         """
         value = dict(release.value)
-        if release.kind in ("status", "progress") and self._policy.rule(release.kind, private=False) == "forbidden":
+        if (
+            release.kind in get_args(NoticeKind)
+            and self._policy.rule(cast("NoticeKind", release.kind), private=False) == "forbidden"
+        ):
             return None
         if release.kind == "status" and value.keys() == {"word"} and value["word"] in get_args(StatusWord):
             word: StatusWord = value["word"]
@@ -142,6 +146,12 @@ class Gate:
             round_, tick = (_whole_number(value[key]) for key in ("round", "tick"))
             if tick <= TICKS:
                 return Notice(kind="progress", plan_sha256=plan_sha256, run=run, round=round_, done=tick, total=TICKS)
+        if (
+            release.kind == "scanners"
+            and value.keys() == {"names"}
+            and all(is_scanner(name) for name in value["names"])
+        ):
+            return Notice(kind="scanners", scanners=tuple(value["names"]))
         raise _not_released(f"a notice of kind {release.kind!r}, which is unknown or holds something else than it may")
 
 

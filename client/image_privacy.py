@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from client.network_contract import Batch, example_batch
 from client.privacy import PatientSum, patient_seed
 from client.training import Patient, PatientSource, is_out_of_memory
+from shared_models.adaptation import sample_of
 from shared_models.errors import FederadError
 from shared_models.task import Sample, Task
 from shared_models.volume import Volume
@@ -133,7 +134,7 @@ class ImageGradients:
         rng = np.random.default_rng(patient_seed(secret, image.key, "augmentation"))
         try:
             volume = one_image(self._cohort.volume(image.study), image.z)
-            return [self._task.draw(volume, rng) for _ in range(self._n_samples)]
+            return [sample_of(self._task, volume, rng) for _ in range(self._n_samples)]
         except Exception as error:  # whatever is wrong with one image ends with it
             log.warning("an image gives nothing to this step: %s", type(error).__name__)
             return []

@@ -408,6 +408,11 @@ class Ledger:
         self._store.drop(dropped)
         return sha256
 
+    def forget_answers(self, plan_sha256: str) -> list[Path]:
+        """Give a plan's answers no more: their files, to be deleted. Questions and charges stay as they are."""
+        with self._opened() as book:
+            return self._store.forget(book.db, plan_sha256)
+
     def _written(self, question: Question, answer: bytes) -> str:
         try:
             return self._store.write(question, answer)

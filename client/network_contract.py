@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared_models.adaptation import UNKNOWN, Adapted
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.task import Task
@@ -108,11 +109,16 @@ def _mixed(batch: Batch) -> Batch:
 
 
 def _gradient(network: nn.Module, task: Task, batch: Batch, of: int | None = None) -> list[Tensor]:
-    """The gradient of the mean loss of a batch, or of the loss of one patient in it."""
+    """The gradient of the mean loss of a batch, or of the loss of one patient in it, with the adversary if there is one."""
     torch.manual_seed(0)
     network.zero_grad(set_to_none=True)
     output = network(batch[0]).float()
     chosen = slice(None) if of is None else slice(of, of + 1)
+    if isinstance(network, Adapted):
+        n = len(batch[0])
+        scanner = torch.full((n,), UNKNOWN, device=output.device)
+        scanner[chosen] = torch.arange(n, device=output.device)[chosen] % 2
+        network.oppose(scanner, batch[1], torch.ones_like(scanner, dtype=torch.bool), strength=1.0)
     task.loss(output[chosen], batch[1][chosen]).backward()  # type: ignore[no-untyped-call]
     return [p.grad.detach().clone() for p in network.parameters() if p.grad is not None]
 

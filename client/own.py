@@ -18,6 +18,7 @@ import numpy as np
 from client.processes import write_durably
 from shared_models.errors import FederadError
 from shared_models.messages import Question
+from shared_models.plan import OF_EACH_SITE, Plan
 from shared_models.weights import Weights, decode, encode, weights_sha256
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,11 @@ class OwnState:
     def __init__(self, station: Path, run: str, plan_sha256: str) -> None:
         name = hashlib.sha256(json.dumps([run, plan_sha256]).encode()).hexdigest()[:32]
         self._folder = station / FOLDER / name
+
+    @property
+    def folder(self) -> Path:
+        """Where it is kept; not there where nothing is."""
+        return self._folder
 
     def before(self, question: Question) -> Weights:
         """What holds when a question is answered: after the round before it, or after its own if it only measures.
@@ -74,6 +80,22 @@ class OwnState:
         """The newest that is no newer than round ``last``."""
         kept = sorted(path for path in self._folder.glob("*.safetensors") if path.name <= _name(last))
         return kept[-1] if kept else None
+
+
+def own_model(station: Path, run: str, plan: Plan, shared: Weights) -> Weights | None:
+    """The model of a run as this site uses it: the shared one with what stayed here, or Ditto's own in its place.
+
+    None where the strategy keeps no part of a model at the sites, or where this site kept none.
+
+    Raises
+    ------
+    FederadError
+        C134 if what was kept is damaged.
+    """
+    if plan.strategy.name not in OF_EACH_SITE:
+        return None
+    kept = OwnState(station, run, plan.sha256).before(Question(run, plan.rounds, "test", plan.sha256, ""))
+    return shared | kept if kept else None
 
 
 def _name(round_: int) -> str:

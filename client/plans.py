@@ -111,6 +111,11 @@ class Plans:
         plan = Plan.model_validate_json(known[sha256].read_text(encoding="utf-8"))
         return plan if plan.sha256 == sha256 else None
 
+    def all_approved(self) -> list[Plan]:
+        """Every plan that may train here."""
+        plans = (self.approved(file.stem) for file in sorted(self._approved.glob("*.json")))
+        return [plan for plan in plans if plan is not None]
+
     def approve(self, plan: Plan) -> None:
         """Let a plan train here."""
         self._approved.mkdir(exist_ok=True)

@@ -34,7 +34,7 @@ from shared_models.plan import Plan, PrivacyTable
 Rule = Literal["allowed", "noised", "forbidden"]
 """Whether values of a kind may leave: as they are, only with noise that was paid for, or not at all."""
 
-Kind = Literal["update", "metric", "count", "status", "progress"]
+Kind = Literal["update", "metric", "count", "status", "progress", "scanners"]
 
 ALWAYS = "always"
 
@@ -61,6 +61,9 @@ class Releases(_Table):
         default="allowed", description="that a plan was approved or refused"
     )
     progress: Literal["allowed", "forbidden"] = Field(default="allowed", description="tenths of a round that are done")
+    scanners: Literal["allowed", "forbidden"] = Field(
+        default="allowed", description="the scanners that site.toml names; none are told where it names none"
+    )
 
 
 class Policy(_Table):

@@ -50,6 +50,14 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
         os.close(folder)
 
 
+def overwrite(path: Path) -> None:
+    """Put zeros in the place of a file's bytes, as far as its file system writes in place."""
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def only_one(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file ``path`` for as long as this process works; it names the process that holds it.

@@ -12,13 +12,41 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from client.policy import Policy
 from shared_models.errors import FederadError
 from shared_models.messages import SITE_NAME
+from shared_models.scanners import MAKERS, is_scanner
 
 FILE = "site.toml"
+
+
+class Pacs(BaseModel):
+    """The hospital's archive, ``[pacs]`` in ``site.toml``: DICOM (host, port and names) or DICOMweb (an address)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    host: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._:-]{1,253}$")
+    """Its name in the hospital's network."""
+
+    port: int = Field(default=104, ge=1, le=65_535)
+    """Where it listens for DICOM."""
+
+    ae_title: str = Field(default="ANY-SCP", pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$")
+    """Its application entity title."""
+
+    calling_ae_title: str = Field(default="FEDERAD", pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$")
+    """The title that this site calls itself; the archive must know it."""
+
+    dicomweb: str | None = Field(default=None, pattern=r"^https?://[^\s@]{1,500}$")
+    """Address of its DICOMweb service, such as ``https://pacs.hospital.example/dicom-web``; then host is left out."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.host is None) == (self.dicomweb is None):
+            raise ValueError("give either host or dicomweb")
+        return self
 
 
 class SiteConfig(BaseModel):
@@ -38,11 +66,28 @@ class SiteConfig(BaseModel):
     anchor: str | None = Field(default=None, pattern="^/")
     """File with the second copy of the ledger, absolute, best on another disk; left out, it lies beside the ledger."""
 
+    scanners: tuple[str, ...] | None = Field(default=None, min_length=1, max_length=100)
+    """This hospital's scanners, typed by somebody here, such as ``["SIEMENS Aurora 1.5 T", "GE 3 T"]``: they are told to
+    the operator, and decide under ``[privacy]`` whether a discriminator of scanners trains here."""
+
     emulated: bool = False
     """Whether the patients here are made up; only a simulation says so."""
 
+    pacs: Pacs | None = None
+    """The archive that predictions are sent to on demand; left out, none."""
+
     policy: Policy | None = None
     """What this hospital permits; left out, the defaults of ``policy``."""
+
+    @field_validator("scanners")
+    @classmethod
+    def _from_the_vocabulary(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if not is_scanner(name):
+                raise ValueError(
+                    f"{name!r} is no scanner: begin with one of {', '.join(MAKERS)}, at most 64 characters"
+                )
+        return names
 
     @property
     def permits(self) -> Policy:

@@ -9,6 +9,7 @@ A station lives in one folder and can be reopened from it in any process::
     site.toml            what the hospital decides (``site``)
     secret               key of all hashes of patients, 32 random bytes
     consortium.json      whose plans are listened to, once the site has enrolled (``plans``)
+    excluded.txt         keys of patients who must not take part (``exclusions``)
     catalogue.sqlite     what was found in the data folder (``data.catalogue``)
     plans/               plans offered, approved and refused here (``plans``)
     cohorts/<key>/       patients, splits and prepared volumes of plans that look at the data alike (``data.cohort``)
@@ -27,17 +28,19 @@ import hashlib
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from client import audit
+from client import audit, exclusions
 from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
+from client.data.keys import key_of
 from client.egress import noted
 from client.gate import TICKS, Gate, Release, StatusWord
 from client.ledger import Agreement, Ledger, Reservation, Spent
@@ -51,6 +54,9 @@ from client.work import exact_releases, noised_releases
 from shared_models.errors import FederadError
 from shared_models.messages import Ask, Question, Refusal, decode_ask
 from shared_models.plan import Plan
+
+if TYPE_CHECKING:
+    from client.wiping import Gone
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,26 @@ class _RefusedError(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal)
         self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """What excluding patients came to, in numbers."""
+
+    named: int
+    changed: int
+    """Of those named, whose place changed."""
+
+    in_all: int
+    """Patients on the list now."""
+
+    volumes_removed: int
+    in_catalogue: int | None
+    """Of those named, whom the catalogue knows; None where nobody looked yet."""
+
+    def as_json(self) -> dict[str, int | None]:
+        """For ``--json`` and the audit."""
+        return asdict(self)
 
 
 class Station:
@@ -140,11 +166,21 @@ class Station:
         FederadError
             C140 to C143 if the data folder, the cohort or the cache cannot be used, C164 to C168 if the ledger cannot,
             C169 or C170 if budget or policy do not permit the plan, C172 to C175 if it has no cost here, C178 if it
-            begins at a model of which the ledger knows nothing.
+            begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and
+            none are declared.
         """
         catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
-        cohort = Cohort.build(self._cohort_folder(plan), catalogue, plan, secret=self._secret, on_progress=on_progress)
+        cohort = Cohort.build(
+            self._cohort_folder(plan),
+            catalogue,
+            plan,
+            secret=self._secret,
+            excluded=self._left_out(),
+            on_progress=on_progress,
+        )
         n_patients = len(cohort.patients("train"))
+        if plan.is_adversarial and plan.privacy is not None and not self._declared_scanners(cohort):
+            raise _undeclared_scanners(plan)
         if declared_size is None:
             declared_size = self._undeclared(plan, cohort)
         ledger, policy = self.ledger(), self.config.permits
@@ -164,6 +200,64 @@ class Station:
         """Let ``plan`` train here no more, and tell the operator; what was prepared for it is kept."""
         self._plans.refuse(plan)
         self._decided(plan.sha256, "refused")
+
+    def exclude(self, patients: Iterable[str], *, take_back: bool = False) -> Exclusion:
+        """Let patients take part no more, in whatever plan, and remove what was prepared of them.
+
+        The audit has a line with the numbers, and the file with the keys names nobody.
+
+        Parameters
+        ----------
+        patients
+            Their PatientIDs, or what stands for one in a research folder: the name of the top folder, or the subject.
+        take_back
+            Let them take part again; volumes are prepared again when the plan is approved again.
+
+        Raises
+        ------
+        FederadError
+            C127 if the list cannot be read or written, C162 if the audit cannot be written.
+        """
+        keys = {key_of(self._secret, name.strip()) for name in patients if name.strip()}
+        with self._alone():
+            before = exclusions.excluded(self.folder)
+            after = before - keys if take_back else before | keys
+            if after != before:
+                exclusions.write(self.folder, after)
+            n_volumes = sum(Cohort.forget(file.parent, after) for file in self.folder.glob("cohorts/*/cohort.json"))
+            done = Exclusion(len(keys), len(before ^ after), len(after), n_volumes, self._n_known(keys))
+            self.audit.write("taken-back" if take_back else "excluded", by_uid=os.getuid(), **done.as_json())
+        return done
+
+    def _left_out(self) -> frozenset[str]:
+        """Keys of the patients who must not take part now; C127 if nobody can tell."""
+        return exclusions.excluded(self.folder)
+
+    def _n_known(self, keys: set[str]) -> int | None:
+        """How many of these keys the catalogue has; None where nobody looked yet."""
+        try:
+            return len({study.patient for study in self.catalogue().studies()} & keys)
+        except FederadError:
+            return None
+
+    def wipe(self, plan: Plan) -> list[Gone]:
+        """Remove what a plan that was refused has left here, but not its charges and the audit.
+
+        Raises
+        ------
+        FederadError
+            C128 if the plan's volumes are needed, or if something could not be removed; C162 and C164 to C168.
+        """
+        from client.wiping import wipe
+
+        with self._alone():
+            gone = wipe(self, plan)
+            self.audit.write("wiped", plan=plan.sha256, by_uid=os.getuid(), gone=[one.as_json() for one in gone])
+        return gone
+
+    def approved_plans(self) -> list[Plan]:
+        """Every plan that may train here."""
+        return self._plans.all_approved()
 
     def plans(self) -> list[ListedPlan]:
         """Every plan that was offered here, the newest first."""
@@ -196,10 +290,15 @@ class Station:
         return Outbox(self.folder).waiting(told) if self._plans.pinned else (told, [])
 
     def started(self) -> None:
-        """Tell the operator that this site is here; C162 if the audit lacks lines of which the ledger knows."""
+        """Tell the operator that this site is here, and which scanners it declares.
+
+        C162 if the audit lacks lines of which the ledger knows.
+        """
         if (head := self.ledger().audit_head) is not None:
             self.audit.require(head)
         self._put(Release("status", {"word": "started"}), topic="started")
+        if self.config.scanners is not None:
+            self._put(Release("scanners", {"names": self.config.scanners}), topic="scanners")
 
     def ledger(self) -> Ledger:
         """What was spent here. All of it is checked now, and again whenever something is asked of it.
@@ -238,8 +337,20 @@ class Station:
         return Path(self.config.anchor) if self.config.anchor else None
 
     def cohort(self, plan: Plan) -> Cohort:
-        """The cohort prepared for ``plan``; C143 if it was never approved here."""
-        return Cohort.open(self._cohort_folder(plan), self.name)
+        """The cohort prepared for ``plan``, without patients who are excluded by now.
+
+        Raises
+        ------
+        FederadError
+            C127 if it is not known who is excluded, C143 if the plan was never approved here.
+        """
+        cohort = Cohort.open(self._cohort_folder(plan), self.name, secret=self._secret, excluded=self._left_out())
+        cohort.declared_scanners = self._declared_scanners(cohort)
+        return cohort
+
+    def _declared_scanners(self, cohort: Cohort) -> tuple[str, ...] | None:
+        """The scanners that ``site.toml`` names; only at an emulated hospital what its images say instead."""
+        return self.config.scanners or (cohort.scanners if self.config.emulated else None)
 
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""
@@ -303,7 +414,8 @@ class Station:
         passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
         released = noted(self.folder, passed.manifest)
         sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)
-        self._audit_answer(question, len(passed.answer), sha256, again=False, released=released)
+        left_out = {"excluded": cohort.n_excluded} if cohort.n_excluded else {}
+        self._audit_answer(question, len(passed.answer), sha256, again=False, released=released, **left_out)
         return passed.answer
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
@@ -423,6 +535,18 @@ class Station:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _undeclared_scanners(plan: Plan) -> FederadError:
+    return FederadError(
+        "C111",
+        happened=f"The plan {plan.name} tells scanners apart, and site.toml declares none.",
+        because="Whether this site has several is found in patients' images otherwise, and nothing of those may show.",
+        remedies=(
+            'type them into site.toml, such as scanners = ["SIEMENS Aurora 1.5 T"]: they are told to the operator',
+            "or refuse this plan",
+        ),
+    )
 
 
 @contextmanager

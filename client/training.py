@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol, Self
 
@@ -23,7 +24,9 @@ from torch import Tensor
 from client.network_contract import check_network
 from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
 from client.steering import Steering
+from shared_models.adaptation import UNKNOWN, Adapted, sample_of, strength_at
 from shared_models.plan import Plan, PrivacyTable
+from shared_models.scanners import ScannerTable
 from shared_models.schedule import learning_rate, local_steps
 from shared_models.seeds import derive, generator
 from shared_models.task import Sample, Task, mean_metrics, task_for
@@ -61,6 +64,19 @@ class PatientSource(Protocol):
 
     def volume(self, study: str) -> Volume:
         """The prepared volume of a study."""
+
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with, as its header says; None where it says nothing."""
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole; None where it has none."""
+
+    @property
+    def declared_scanners(self) -> Sequence[str] | None:
+        """The scanners that the hospital has declared, which are public; None where it declared none."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class Trainer:
         self.task: Task = task_for(plan)
         self.network = self.task.build_network().to(self.device)
         self.clock = Clock()
+        self._adversary: Adversary | None = None
+        self._balance: Mapping[int, float] | None = None
         self._is_checked = False
 
     def train(
@@ -117,19 +135,23 @@ class Trainer:
         site: str,
         round_: int,
         correction: Weights | None = None,
+        adversary: float = 1.0,
         on_progress: OnSteps | None = None,
     ) -> Trained:
         """Train for the plan's epochs from ``weights`` and return new minus old.
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
         ``proximal_mu`` every step also pulls back towards ``weights``, and a ``correction`` is added to every gradient
-        (``steering``). ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a
-        ValueError here.
+        (``steering``). ``adversary`` is what the run's automatic stop has left of the reversed gradient (``adaptation``).
+        ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
         """
         if self.plan.privacy is not None:
             raise ValueError("a plan with [privacy] trains through train_private, or not at all")
         steering = self._steering(weights, correction)
-        return self._train(weights, cohort, steering, seed=seed, site=site, round_=round_, on_progress=on_progress)
+        opponent = Adversary.of(self.plan, cohort, round_, adversary)
+        return self._train(
+            weights, cohort, steering, seed=seed, site=site, round_=round_, opponent=opponent, on_progress=on_progress
+        )
 
     def train_own(
         self,
@@ -144,8 +166,8 @@ class Trainer:
     ) -> Weights:
         """A model for this site's own use, trained from ``weights`` and drawn to ``towards``; it never leaves.
 
-        No noise is added, with or without ``[privacy]``, under which passes and batches are those of a plan that says
-        nothing about them.
+        No noise is added, and no discriminator is opposed, with or without ``[privacy]``, under which passes and batches
+        are those of a plan that says nothing about them.
         """
         steering = Steering(self.network, towards=towards, strength=strength, correction={})
         update = self._train(weights, cohort, steering, seed=seed, site=f"{site}/own", round_=round_).update
@@ -160,6 +182,7 @@ class Trainer:
         seed: int,
         site: str,
         round_: int,
+        opponent: Adversary | None = None,
         on_progress: OnSteps | None = None,
     ) -> Trained:
         since = time.process_time()
@@ -168,6 +191,8 @@ class Trainer:
         torch.manual_seed(derive(seed, site, round_, "torch"))
         optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
+        self._adversary = opponent
+        self._balance = balance_of(cohort, patients) if self.plan.training.balanced else None
         n_steps = local_steps(self.plan, len(patients))
         losses: list[float] = []
         for epoch in range(self.plan.training.epochs):
@@ -177,6 +202,8 @@ class Trainer:
                     on_progress(len(losses), n_steps)
         after = weights_of(self.network)
         update = {name: after[name] - weights[name] for name in after}
+        if self._adversary is not None:
+            update = self._adversary.bounded(update)
         self.clock.add("train", since)
         return Trained(update, float(np.mean(losses)) if losses else 0.0, len(patients))
 
@@ -232,6 +259,7 @@ class Trainer:
         self.network.train()
         steering = self._steering(weights, correction)
         optimizer = build_optimizer(self.plan, self.network, round_)
+        self._adversary = Adversary.of(self.plan, cohort, round_)
         with self._gradients(privacy, cohort) as gradients:
             for step in range(privacy.steps_per_round):
                 total = PatientSum(mechanism, sum(p.numel() for p in self.network.parameters()), self.device)
@@ -273,7 +301,9 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             output = self.network(image)
-        loss = self.task.loss(output.float(), target)
+        loss = batch_loss(self.task, output.float(), target, samples, self._balance)
+        if self._adversary is not None:
+            self._adversary.oppose(self.network, samples, target)
         loss.backward()  # type: ignore[no-untyped-call]
         steering.act()
         optimizer.step()
@@ -293,7 +323,7 @@ class Trainer:
         """Whose gradients are summed: the unit that the plan protects."""
         parts = (self.network, self.task, cohort, self._precision)
         if privacy.unit == "patient":
-            return PatientGradients(*parts)
+            return PatientGradients(*parts, self._adversary)
         from client.image_privacy import ImageGradients  # Opacus takes seconds to import
 
         return ImageGradients(*parts)
@@ -316,12 +346,107 @@ class Trainer:
 
     def _draw(self, cohort: PatientSource, patient: Patient, rng: np.random.Generator) -> Sample:
         study = patient.studies[int(rng.integers(len(patient.studies)))]
-        return self.task.draw(cohort.volume(study), rng)
+        sample = sample_of(self.task, cohort.volume(study), rng)
+        return sample if self._adversary is None else self._adversary.placed(sample, study)
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.plan.training.precision == "bfloat16"
         )
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """What opposes the features at one site in one round."""
+
+    places: Mapping[str, int]
+    """Place of each training study's scanner in the plan's table."""
+
+    strength: float
+    """Weight of the reversed gradient."""
+
+    has_references: bool
+    """Whether any training study has a reference."""
+
+    ratio: float
+    """The plan's ``gradient_ratio``."""
+
+    @classmethod
+    def of(cls, plan: Plan, cohort: PatientSource, round_: int, left: float = 1.0) -> Self | None:
+        """The adversary of a plan; None where it has none, or where the site cannot tell scanners apart.
+
+        A discriminator that sees one scanner says its name whatever it is shown, and what opposes it learns nothing. Under
+        ``[privacy]`` the scanners that the hospital declared decide, since what its patients were scanned with is not
+        public; what their own headers say goes into their own gradients alone.
+        """
+        if not plan.is_adversarial or plan.adaptation is None:
+            return None
+        table = ScannerTable(plan.adaptation.scanners)
+        studies = [study for patient in cohort.patients("train") for study in patient.studies]
+        places = {study: table.place(cohort.scanner(study)) for study in studies}
+        if plan.privacy is None:
+            told_apart = {place for place in places.values() if place != UNKNOWN}
+        else:
+            told_apart = {table.place(name) for name in cohort.declared_scanners or ()}
+        if len(told_apart) < 2:
+            log.warning("this site has one scanner of the plan's table and trains without a discriminator")
+            return None
+        has_references = plan.privacy is not None or any(not cohort.is_unlabelled(study) for study in studies)
+        strength = left * strength_at(plan.adaptation, round_, plan.rounds)
+        return cls(places, strength, has_references, plan.adaptation.gradient_ratio)
+
+    def placed(self, sample: Sample, study: str) -> Sample:
+        """The sample with the place of its scanner."""
+        return replace(sample, scanner=self.places[study])
+
+    def oppose(self, network: torch.nn.Module, samples: Sequence[Sample], target: Tensor, share: float = 1.0) -> None:
+        """Let the next backward pass also move features against the discriminator."""
+        if isinstance(network, Adapted):
+            network.oppose(
+                torch.tensor([sample.scanner for sample in samples], device=target.device),
+                target,
+                torch.tensor([sample.has_reference for sample in samples], device=target.device),
+                strength=self.strength,
+                share=share,
+            )
+
+    def bounded(self, update: Weights) -> Weights:
+        """The update of a site without any reference, where no gradient of the task bounds the reversed one: shortened to
+        ``gradient_ratio``, since an optimiser such as Adam makes long steps of short gradients."""
+        if self.has_references:
+            return update
+        return {name: array * np.float32(self.ratio) for name, array in update.items()}
+
+
+def batch_loss(
+    task: Task,
+    output: Tensor,
+    target: Tensor,
+    samples: Sequence[Sample],
+    balance: Mapping[int, float] | None = None,
+) -> Tensor:
+    """The task's loss of a batch; samples without a reference add nothing to it and count in its mean.
+
+    ``balance`` says how much a sample of each label counts, for tasks whose target is one label.
+    """
+    if balance is None and all(sample.has_reference for sample in samples):
+        return task.loss(output, target)
+    groups: dict[float, list[int]] = {}
+    for i, sample in enumerate(samples):
+        if sample.has_reference:
+            groups.setdefault(1.0 if balance is None else balance.get(int(target[i]), 1.0), []).append(i)
+    total = 0.0 * output.sum()
+    for weight, group in groups.items():
+        total = total + task.loss(output[group], target[group]) * (weight * len(group) / len(samples))
+    return total
+
+
+def balance_of(cohort: PatientSource, patients: Sequence[Patient]) -> dict[int, float]:
+    """The weight of each label with which all that occur among these patients' studies count alike; their mean is 1."""
+    counts = Counter(cohort.category(study) for patient in patients for study in patient.studies)
+    n = sum(count for label, count in counts.items() if label is not None)
+    occurring = [label for label in counts if label is not None]
+    return {label: n / (len(occurring) * counts[label]) for label in occurring}
 
 
 class PatientGradients:
@@ -339,8 +464,10 @@ class PatientGradients:
         task: Task,
         cohort: PatientSource,
         precision: Callable[[], AbstractContextManager[object]],
+        adversary: Adversary | None = None,
     ) -> None:
         self._network, self._task, self._cohort, self._precision = network, task, cohort, precision
+        self._adversary = adversary
         self._patients = cohort.patients("train")
         self._parameters = list(network.parameters())
         self._flat: Tensor | None = None
@@ -401,7 +528,11 @@ class PatientGradients:
             with self._precision():
                 output = self._network(image)
             loss = self._task.loss(output.to(like), target) * (len(part) / len(samples))
+            if self._adversary is not None:
+                self._adversary.oppose(self._network, part, target, len(part) / len(samples))
             loss.backward()  # type: ignore[no-untyped-call]
+        if self._adversary is not None and isinstance(self._network, Adapted):
+            self._network.bound_discriminator()
         return gradient
 
     def _flat_gradient(self) -> Tensor:
@@ -416,8 +547,10 @@ class PatientGradients:
     def _draw(self, patient: Patient, rng: np.random.Generator) -> list[Sample]:
         samples = []
         for _ in range(self._n_samples):
-            volume = self._cohort.volume(patient.studies[int(rng.integers(len(patient.studies)))])
-            samples += [self._task.draw(volume, rng) for _ in range(self._n_views)]
+            study = patient.studies[int(rng.integers(len(patient.studies)))]
+            volume = self._cohort.volume(study)
+            drawn = [sample_of(self._task, volume, rng) for _ in range(self._n_views)]
+            samples += drawn if self._adversary is None else [self._adversary.placed(one, study) for one in drawn]
         return samples
 
 

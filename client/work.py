@@ -51,6 +51,7 @@ def exact_releases(
         seed=ask.seed,
         site=site,
         round_=ask.question.round,
+        adversary=ask.adversary,
         correction=side.correction,
         on_progress=on_progress,
     )
@@ -152,3 +153,16 @@ class _Only:
 
     def volume(self, study: str) -> Volume:
         return self.cohort.volume(study)
+
+    def scanner(self, study: str) -> str | None:
+        return self.cohort.scanner(study)
+
+    def is_unlabelled(self, study: str) -> bool:
+        return self.cohort.is_unlabelled(study)
+
+    def category(self, study: str) -> int | None:
+        return self.cohort.category(study)
+
+    @property
+    def declared_scanners(self) -> Sequence[str] | None:
+        return self.cohort.declared_scanners

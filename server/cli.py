@@ -548,6 +548,7 @@ def describe_sites(consortium: Consortium) -> list[dict[str, Any]]:
             "certificate_until": site.not_after.isoformat(timespec="seconds") if site.not_after else None,
             "last_seen": site.last_seen.isoformat(timespec="seconds") if site.last_seen else None,
             "word": site.word,
+            "scanners": list(site.scanners),
         }
         for site in consortium.sites()
     ]
@@ -556,14 +557,16 @@ def describe_sites(consortium: Consortium) -> list[dict[str, Any]]:
 def sites_table(rows: list[dict[str, Any]]) -> Table:
     """The hospitals."""
     table = Table(title="sites" if rows else "no site has been invited")
-    for column in ("site", "status", "connected", "last seen", "certificate until", "says"):
+    for column in ("site", "status", "connected", "last seen", "certificate until", "says", "scanners"):
         table.add_column(column)
     for row in rows:
         connected = (
             {True: "[green]yes[/]", False: "no", None: "?"}[row["online"]] if row["status"] == "enrolled" else ""
         )
         until = (row["certificate_until"] or "")[:10]
-        table.add_row(row["name"], row["status"], connected, ago(row["last_seen"]), until, row["word"])
+        table.add_row(
+            row["name"], row["status"], connected, ago(row["last_seen"]), until, row["word"], ", ".join(row["scanners"])
+        )
     return table
 
 

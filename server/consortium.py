@@ -94,6 +94,8 @@ CREATE TABLE IF NOT EXISTS approvals (
 CREATE TABLE IF NOT EXISTS progress (
     run TEXT NOT NULL, site TEXT NOT NULL, round INTEGER NOT NULL, done INTEGER NOT NULL, total INTEGER NOT NULL,
     PRIMARY KEY (run, site));
+CREATE TABLE IF NOT EXISTS scanners (
+    site TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY (site, name));
 """
 
 
@@ -160,6 +162,9 @@ class Site:
 
     word: str = ""
     """What the site last told of its status."""
+
+    scanners: tuple[str, ...] = ()
+    """The scanners that somebody there has typed."""
 
 
 @dataclass(frozen=True)
@@ -629,6 +634,10 @@ class Consortium:
             for notice in notices:
                 if notice.kind == "status":
                     db.execute("UPDATE sites SET word = ? WHERE name = ?", (notice.word, site))
+                elif notice.kind == "scanners":
+                    db.execute("DELETE FROM scanners WHERE site = ?", (site,))
+                    rows = [(site, name) for name in dict.fromkeys(notice.scanners)]
+                    db.executemany("INSERT INTO scanners VALUES (?, ?)", rows)
                 elif notice.kind == "progress":
                     db.execute(
                         "INSERT OR REPLACE INTO progress SELECT run, ?, ?, ?, ? FROM runs WHERE run = ?",
@@ -726,6 +735,9 @@ def _site(db: sqlite3.Connection, name: str) -> Site:
         last_seen=_moment(site["last_seen"]),
         node_id=int(node["node_id"]) if node and node["node_id"] is not None else None,
         word=site["word"],
+        scanners=tuple(
+            row["name"] for row in db.execute("SELECT name FROM scanners WHERE site = ? ORDER BY 1", (name,))
+        ),
     )
 
 

@@ -315,7 +315,7 @@ def inference(plan: Plan) -> dict[str, Any]:
         "datalist": _images(plan),
         "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "network_def": network_definition(plan),
-        "weights": f"$load_file(@bundle_root + '/models/{MODEL}')",
+        "weights": _weights(plan),
         "network": "$(@network_def.load_state_dict(@weights), @network_def.to(@device).eval())[1]",
         "preprocessing": {"_target_": "Compose", "transforms": _preparation(plan)},
         "dataset": {
@@ -342,6 +342,14 @@ def inference(plan: Plan) -> dict[str, Any]:
         },
         "run": ["$@evaluator.run()"],
     }
+
+
+def _weights(plan: Plan) -> str:
+    """The signed weights in a bundle's words, without a discriminator that the network was trained against."""
+    file = f"load_file(@bundle_root + '/models/{MODEL}')"
+    if not plan.is_adversarial:
+        return f"${file}"
+    return f"${{k.removeprefix('network.'): v for k, v in {file}.items() if k.startswith('network.')}}"
 
 
 def network_definition(plan: Plan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from server.accumulator import ExactMean, largest_norm, norm_of
 from server.journal import Journal, RunIdentity
 from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
+from shared_models.adaptation import left_of_adversary
 from shared_models.errors import FederadError
 from shared_models.local_layers import staying
 from shared_models.messages import Answer, Ask, AskKind, Question, asked_sha256, decode_answer, encode_ask
@@ -157,7 +158,7 @@ class Exchange:
         self._rounds, self._roster, self._grid = rounds, rounds.roster, rounds.grid
         self._question = question
         self._shapes = rounds.shapes
-        self._sent = Ask(question, rounds.seed, weights, control)
+        self._sent = Ask(question, rounds.seed, weights, control, rounds.adversary)
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[str, int] = {}
         self._deadline = 0.0
@@ -420,6 +421,11 @@ class Rounds:
             return 1
         trained = answer.counts.get("trained", 0)
         return min(trained, 1) if self.plan.strategy.weighting == "equal" else trained
+
+    @property
+    def adversary(self) -> float:
+        """What the automatic stop has left of a plan's reversed gradient."""
+        return left_of_adversary(self.plan, [(record.validation or {}).get(self._headline) for record in self._records])
 
     def tell(self, what: Any, question: Question, **details: Any) -> None:
         """Report progress on a question."""

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from shared_models.errors import FederadError
+from shared_models.scanners import SCANNER
 from shared_models.signing import SIGNATURE, canonical, fingerprint, sign, verify
 
 PACKAGE = "federad.Consortium"
@@ -47,6 +48,9 @@ TIME_METADATA = "x-federad-time"
 """The operator's clock in the metadata of each answer, in seconds since 1970."""
 
 _PREFIX = "federad1:"
+
+MAX_SCANNERS = 100
+"""Scanners that one site tells of."""
 
 MAX_NOTICES = 1000
 """Notices in one call of Tell."""
@@ -163,13 +167,15 @@ class SignedRelease(Signed):
 class Notice(Document):
     """Something that a site tells about itself, made at its gate."""
 
-    kind: Literal["approved", "refused", "progress", "status"]
+    kind: Literal["approved", "refused", "progress", "status", "scanners"]
     plan_sha256: str = Field(default="", pattern=f"^({SHA256})?$")
     run: str = Field(default="", pattern=f"^({RUN})?$")
     round: int = Field(default=0, ge=0, lt=2**31)
     done: int = Field(default=0, ge=0, lt=2**31)
     total: int = Field(default=0, ge=0, lt=2**31)
     word: str = Field(default="", pattern=f"^({WORD})?$")
+    scanners: tuple[Annotated[str, Field(pattern=f"^{SCANNER}$")], ...] = Field(default=(), max_length=MAX_SCANNERS)
+    """What somebody at the site typed: its scanners, in words of the public vocabulary."""
 
 
 class Plans(Document):

@@ -69,6 +69,8 @@ class Ask:
     weights: Weights
     control: Weights = field(default_factory=dict)
     """The server's control variate, named like the weights, for the strategy that has one."""
+    adversary: float = 1.0
+    """What the run's automatic stop has left of the plan's reversed gradient, 0 to 1; read where there is an adversary."""
 
 
 COST = frozenset({"epsilon", "delta", "declared_size"})
@@ -109,8 +111,8 @@ def asked_sha256(weights: Weights, control: Weights) -> str:
 
 def encode_ask(ask: Ask) -> bytes:
     """The bytes of a question."""
-    header = json.dumps({**asdict(ask.question), "seed": ask.seed}, sort_keys=True)
-    return encode(_together(ask.weights, ask.control), header)
+    header = {**asdict(ask.question), "seed": ask.seed, "adversary": ask.adversary}
+    return encode(_together(ask.weights, ask.control), json.dumps(header, sort_keys=True))
 
 
 def decode_ask(data: bytes) -> Ask:
@@ -122,13 +124,16 @@ def decode_ask(data: bytes) -> Ask:
         M211 if the bytes are not a whole and consistent question.
     """
     arrays, text = decode(data)
-    header = _header(text, Question.__annotations__.keys() | {"seed"})
-    seed = header.pop("seed")
+    header = _header(text, Question.__annotations__.keys() | {"seed", "adversary"})
+    seed, adversary = header.pop("seed"), header.pop("adversary")
     question = _question(header)
+    if not _is_finite(adversary) or not 0 <= adversary <= 1:
+        raise _unreadable("what is left of the adversary is no share")
     if not _is_int(seed) or question.weights_sha256 != weights_sha256(arrays):
         raise _unreadable("the weights are not the ones it names")
     control = {name.removeprefix(CONTROL): array for name, array in arrays.items() if name.startswith(CONTROL)}
-    return Ask(question, seed, {name: a for name, a in arrays.items() if not name.startswith(CONTROL)}, control)
+    weights = {name: array for name, array in arrays.items() if not name.startswith(CONTROL)}
+    return Ask(question, seed, weights, control, adversary)
 
 
 def _together(weights: Weights, control: Weights) -> Weights:

@@ -49,14 +49,15 @@ def inverse_fourier(kspace: Tensor) -> Tensor:
 
 
 def to_complex(channels: Tensor) -> Tensor:
-    """Real ``(batch, 2 coil, y, x)`` as complex64 ``(batch, coil, y, x)``."""
+    """Real ``(batch, 2 coil, y, x)`` as complex ``(batch, coil, y, x)`` of the same precision, at least of 32 bits."""
     batch, n, y, x = channels.shape
-    pairs = channels.float().reshape(batch, n // 2, 2, y, x)
+    values = channels if channels.dtype == torch.float64 else channels.float()
+    pairs = values.reshape(batch, n // 2, 2, y, x)
     return torch.complex(pairs[:, :, 0], pairs[:, :, 1])
 
 
 def to_channels(values: Tensor) -> Tensor:
-    """Complex ``(batch, coil, y, x)`` as float32 ``(batch, 2 coil, y, x)``."""
+    """Complex ``(batch, coil, y, x)`` as real ``(batch, 2 coil, y, x)``."""
     batch, n_coils, y, x = values.shape
     return torch.stack([values.real, values.imag], dim=2).reshape(batch, 2 * n_coils, y, x)
 

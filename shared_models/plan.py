@@ -21,10 +21,14 @@ from shared_models.configuration import divisors
 from shared_models.errors import FederadError
 from shared_models.networks import NETWORKS, NETWORKS_FOR, NETWORKS_FOR_ANY_SIZE, WITH_NORMS
 from shared_models.registry import one_of
+from shared_models.scanners import MAKERS, OTHER, parse_scanner
 from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, TASKS
 
-NOT_YET = ("adaptation", "secure_sum")
+NOT_YET = ("secure_sum",)
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
+
+ADVERSARIAL_ONLY = ("strength", "conditional", "gradient_ratio", "warm_up", "scanners")
+"""Keys of ``[adaptation]`` that have a meaning beside ``adversarial`` alone."""
 
 WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per_step"}
 """Keys of ``[training]`` that have no meaning under ``[privacy]``, and the key there that takes their place."""
@@ -35,10 +39,12 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
         *("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
         *("varnet", "image-unet"),
     ),
+    ("task", "dropout"): ("segmentation", "resnet", "scan-plane", "densenet"),
     ("task", "sharpness"): ("classification",),
     ("task", "target"): ("classification",),
     ("task", "views"): ("classification",),
     ("training", "foreground"): ("segmentation",),
+    ("training", "balanced"): ("classification",),
     ("training", "loss"): ("segmentation",),
     ("training", "class_weights"): ("segmentation", "classification"),
     ("task", "reference"): ("reconstruction",),
@@ -111,6 +117,12 @@ class TaskTable(_Table):
         description="features at each depth, e.g. [16, 32, 64, 128]; of a cascade, of each layer of its networks",
     )
     residual_units: int = Field(default=1, ge=0, le=8, description="residual units at each depth, 0 to 8")
+    dropout: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of features that are left out at random while training, such as 0.1; leave it out for none",
+    )
     sharpness: float | None = Field(
         default=None,
         gt=0,
@@ -190,8 +202,8 @@ class SplitTable(_Table):
 class DataTable(_Table):
     """Which images take part and the grid they are brought to."""
 
-    modality: Literal["MR", "OP", "DX"] = Field(
-        description='DICOM modality: "MR", "OP" for eye photographs, or "DX" for radiographs as picture files'
+    modality: Literal["MR", "CT", "PT", "DX", "OP"] = Field(
+        description='DICOM modality: "MR", "CT", "PT", "DX" for radiographs, or "OP" for eye photographs'
     )
     dimensions: Dimensions = Field(description="2 (slices) or 3 (volumes)")
     patch: tuple[Annotated[int, Field(ge=8, le=4096)], ...] = Field(
@@ -235,6 +247,11 @@ class TrainingTable(_Table):
     class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
         default=None,
         description="weight of each label in the loss, in the order of task.labels; leave it out for 1 each",
+    )
+    balanced: bool | None = Field(
+        default=None,
+        description="true: at each site all labels count alike in the loss, however common they are there; leave it out "
+        "otherwise",
     )
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')
@@ -482,13 +499,85 @@ class PrivacyTable(_Table):
         return self
 
 
+class AdaptationTable(_Table):
+    """What is done about differences between scanners."""
+
+    appearance: bool = Field(
+        default=False, description="vary contrast, shading, blur and noise of training samples: true or false"
+    )
+    adversarial: Literal["scanner"] | None = Field(
+        default=None,
+        description='"scanner": features learn to hide the scanner from a discriminator, at sites with several; leave it '
+        "out for none",
+    )
+    strength: float = Field(
+        default=0.3, gt=0, le=100, description="weight of the reversed gradient after the warm-up, above 0"
+    )
+    conditional: bool = Field(
+        default=False, description="tell scanners apart among samples of the same label: true or false"
+    )
+    gradient_ratio: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="most that a sample's reversed gradient may measure beside the task's, at each depth: above 0, to 1",
+    )
+    warm_up: float = Field(
+        default=0.2, ge=0, lt=1, description="share of the rounds before the reversed gradient begins, 0 to below 1"
+    )
+    scanners: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=64,
+        description='scanners to tell apart, such as ["SIEMENS 3 T", "GE SIGNA Vesper 1.5 T"]; all others count as one; '
+        "leave it out for makers and field strengths",
+    )
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if not self.appearance and self.adversarial is None:
+            raise _ContradictionError(
+                "adaptation.appearance",
+                "a table [adaptation] that adapts nothing",
+                "A run without adaptation has no such table.",
+                'set appearance = true or adversarial = "scanner" under [adaptation], or remove the table',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adversary(self) -> Self:
+        said = [key for key in ADVERSARIAL_ONLY if key in self.model_fields_set]
+        if self.adversarial is None and said:
+            raise _ContradictionError(
+                f"adaptation.{said[0]}",
+                f"{said[0]} without adversarial",
+                "A key that nothing reads would be ignored in silence.",
+                f'set adversarial = "scanner" under [adaptation], or remove {said[0]}',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _table_of_scanners(self) -> Self:
+        for name in self.scanners or ():
+            if parse_scanner(name).maker == OTHER:
+                raise _ContradictionError(
+                    "adaptation.scanners",
+                    f"scanners names {name!r}, which begins with no known maker",
+                    "What a header says is brought to one spelling of its maker before it is compared.",
+                    f"begin with one of: {', '.join(MAKERS)}",
+                )
+        return self
+
+
 class SimulationTable(_Table):
     """What the harness emulates; a deployment carries it along unread."""
 
     patients: int = Field(default=40, ge=1, le=100_000, description="patients of each emulated hospital, 1 or more")
     slices: int = Field(default=12, ge=1, le=200, description="slices of each emulated series, 1 to 200")
     scanners: tuple[str, ...] = Field(
-        default=(), description="names of emulated scanners, dealt to the sites in this order; empty takes all in turn"
+        default=(),
+        description="names of emulated scanners, dealt to the sites in this order, or several of one site joined by a plus "
+        "sign; empty takes the first four in turn",
     )
     prevalence: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
         default=None,
@@ -499,8 +588,34 @@ class SimulationTable(_Table):
         default=None,
         gt=0,
         le=1000,
-        description="how alike the sites are among which a data set is dealt: 0.1 for hardly, 100 for nearly; leave it out "
-        "for equal shares",
+        description="how alike the sites are in their shares of labels: 0.1 for hardly, 100 for nearly; leave it out for "
+        "equal shares",
+    )
+    confounding: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="share of patients with a lesion who come to the first scanner of their site, and of those without who "
+        "come to another, dealt to the sites; leave it out for chance",
+    )
+    size_skew: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="how alike hospitals are in size: 0.5 for hardly, 100 for nearly; leave it out for equal sizes",
+    )
+    unlabelled: tuple[str, ...] | None = Field(
+        default=None, min_length=1, description="emulated scanners whose studies have no reference at the sites"
+    )
+    unseen: tuple[str, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="emulated scanners of further hospitals that train nothing: the released model is tested there",
+    )
+    unseen_prevalence: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
+        default=None, min_length=1, description="share of patients with a lesion, dealt to the unseen hospitals"
+    )
+    unseen_confounding: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
+        default=None, min_length=1, description="as confounding, dealt to the unseen hospitals"
     )
     drop_out: float = Field(default=0.0, ge=0, lt=1, description="probability that a site misses a round, 0 to below 1")
     delay_s: float = Field(default=0.0, ge=0, le=3600, description="longest emulated delay of an answer in seconds")
@@ -523,6 +638,7 @@ class Plan(_Table):
     strategy: StrategyTable = Field(default_factory=StrategyTable, description="a table [strategy]")
     simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
     privacy: PrivacyTable | None = Field(default=None, description="a table [privacy]; leave it out for none")
+    adaptation: AdaptationTable | None = Field(default=None, description="a table [adaptation]; leave it out for none")
 
     @model_validator(mode="after")
     def _private_release(self) -> Self:
@@ -532,6 +648,24 @@ class Plan(_Table):
                 'release = "best" with [privacy]',
                 "The best model is chosen by exact measurements of patients, which no noise hides.",
                 'set release = "last" under [strategy], or "averaged" with average_decay',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balance_is_counted(self) -> Self:
+        if self.training.balanced is not None and self.privacy is not None:
+            raise _ContradictionError(
+                "training.balanced",
+                "balanced with [privacy]",
+                "How common a label is at a site is found by counting its patients, and each of them would show.",
+                "remove balanced from [training]; class_weights says public weights",
+            )
+        if self.training.balanced is not None and self.training.class_weights is not None:
+            raise _ContradictionError(
+                "training.balanced",
+                "balanced with class_weights",
+                "Both say how much a label counts.",
+                "remove one of them from [training]",
             )
         return self
 
@@ -559,6 +693,41 @@ class Plan(_Table):
                 f"choose a network from: {', '.join(sorted(WITH_NORMS))}, or another strategy",
             )
         return self
+
+    @model_validator(mode="after")
+    def _adapts_pictures(self) -> Self:
+        if self.adaptation is not None and self.task.kind in OF_KSPACE:
+            raise _ContradictionError(
+                "adaptation",
+                f'a table [adaptation] with kind = "{self.task.kind}"',
+                "What is varied and what a discriminator reads are pictures, and this task begins at k-space.",
+                "remove [adaptation]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adversary_of_patients(self) -> Self:
+        if self.is_adversarial and self.privacy is not None and self.privacy.unit == "image":
+            raise _ContradictionError(
+                "adaptation.adversarial",
+                'adversarial = "scanner" with unit = "image" under [privacy]',
+                "The reversed gradient is bounded for each patient, and nothing takes it apart into images.",
+                'set unit = "patient" under [privacy], or remove adversarial from [adaptation]',
+            )
+        return self
+
+    @property
+    def is_adversarial(self) -> bool:
+        """Whether the network learns to hide scanners."""
+        return self.adaptation is not None and self.adaptation.adversarial is not None
+
+    @property
+    def takes_unlabelled(self) -> bool:
+        """Whether studies without a reference take part in training: they show the discriminator their scanner.
+
+        Not under ``[privacy]``: there the bound on a patient's reversed gradient is the task's gradient of that patient.
+        """
+        return self.is_adversarial and self.privacy is None
 
     @model_validator(mode="after")
     def _axes_agree(self) -> Self:
@@ -788,6 +957,9 @@ class Plan(_Table):
         if self.privacy is not None:
             for key in WITHOUT_PRIVACY_ONLY:
                 del tables["training"][key]
+        if self.adaptation is not None and self.adaptation.adversarial is None:
+            for key in ADVERSARIAL_ONLY:
+                tables["adaptation"].pop(key, None)
         return json.dumps(tables, sort_keys=True, separators=(",", ":"))
 
     def _unread(self) -> list[tuple[str, str]]:

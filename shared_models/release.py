@@ -241,13 +241,18 @@ class Release:
         return decode(self.read(MODEL))[0]
 
     def network(self) -> nn.Module:
-        """The network with its weights, ready to predict; M210 if this version builds another one from the plan."""
+        """The network with its weights, ready to predict, without a discriminator that it was trained against.
+
+        M210 if this version builds another one from the plan.
+        """
+        from shared_models.adaptation import without_discriminator
         from shared_models.task import task_for
         from shared_models.weights import load_weights
 
         network = task_for(self.plan()).build_network()
         load_weights(network, self.weights())
-        return network.eval()
+        predicting = without_discriminator(network)
+        return predicting.eval()
 
     def verify(self, key: Ed25519PublicKey, consortium: str) -> None:
         """Make sure that the operator released exactly this: signature, consortium, and every file.

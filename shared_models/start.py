@@ -35,11 +35,25 @@ def first_weights(plan: Plan, seed: int, file: Path | None = None) -> Weights:
     data = file.read_bytes()
     if (found := hashlib.sha256(data).hexdigest()) != wanted:
         raise _unfit(f"the plan begins at the model with SHA-256 {wanted[:12]}..., and this file has {found[:12]}...")
-    weights = decode(data)[0]
-    shapes = {name: tuple(p.shape) for name, p in task.build_network().named_parameters()}
+    fresh = initial_weights(task.build_network, seed)
+    weights = with_part_of(fresh, decode(data)[0])
+    shapes = {name: array.shape for name, array in fresh.items()}
     if mismatch := difference(weights, shapes):
         raise _unfit(f"{mismatch}, for the plan's network")
     return weights
+
+
+def with_part_of(fresh: Weights, begun: Weights) -> Weights:
+    """A model with a fresh discriminator where the plan has one and the model none, or without the one that it has.
+
+    Neither changes what the model predicts; weights that differ otherwise are returned as they are.
+    """
+    own, theirs = ({name for name in weights if name.startswith("discriminator.")} for weights in (fresh, begun))
+    if own and not theirs:
+        return {f"network.{name}": array for name, array in begun.items()} | {name: fresh[name] for name in sorted(own)}
+    if theirs and not own:
+        return {name.removeprefix("network."): array for name, array in begun.items() if name not in theirs}
+    return begun
 
 
 def _unfit(why: str) -> FederadError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,12 @@ class Sample:
 
     target: NDArray[np.generic]
     """What the loss compares it with; its shape is the task's own matter."""
+
+    has_reference: bool = True
+    """Whether ``target`` is one; else it holds its place, and the sample has no loss."""
+
+    scanner: int = -1
+    """Place of its scanner in the plan's table, where the plan tells them apart; else -1."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,11 @@ class Task(ABC):
     @abstractmethod
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """One training sample of ``volume``, all randomness from ``rng``."""
+
+    def in_another_light(self, sample: Sample, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Sample:
+        """The sample after ``change`` has made its picture look otherwise; where the network sees something else than a
+        picture, the task says what becomes of it."""
+        return replace(sample, image=change(sample.image))
 
     @abstractmethod
     def loss(self, output: Tensor, target: Tensor) -> Tensor:

@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.cohort import Cohort, Patient
-from client.own import OwnState
+from client.own import own_model
 from client.privacy import SystemRandomness
 from client.site import is_emulated
 from client.training import Split, Trainer, resident_trainer
 from shared_models.local_layers import staying
-from shared_models.messages import Question
-from shared_models.plan import OF_EACH_SITE, Plan
+from shared_models.plan import Plan
 from shared_models.seeds import derive
 from shared_models.start import first_weights
 from shared_models.task import Picture, Task, mean_metrics
@@ -42,6 +41,9 @@ N_CARDS = 1
 """Test patients of a site on whom a model's stability is looked at: a search for the worst takes as long as training."""
 N_RESAMPLES = 1000
 """Sets of patients that are drawn for an interval."""
+
+N_SUMMARIES = 300
+"""The same where a metric is computed anew from each set, which takes longer."""
 
 
 class PooledCohort:
@@ -64,6 +66,23 @@ class PooledCohort:
     def volume(self, study: str) -> Volume:
         """A volume from the site that has it."""
         return self._home[study].volume(study)
+
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with."""
+        return self._home[study].scanner(study)
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+        return self._home[study].is_unlabelled(study)
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole."""
+        return self._home[study].category(study)
+
+    @property
+    def declared_scanners(self) -> tuple[str, ...] | None:
+        """All that the sites declared."""
+        return tuple(name for cohort in self._cohorts for name in cohort.declared_scanners or ()) or None
 
 
 class NoNoise(SystemRandomness):
@@ -201,7 +220,7 @@ def interval_of(task: Task, patients: Sequence[Mapping[str, float]], seed: int) 
         each = np.array([task.summary([patient])[task.headline] for patient in patients])
         values = each[rng.integers(n, size=(N_RESAMPLES, n))].mean(axis=1)
     else:
-        drawn = (task.summary([patients[i] for i in rng.integers(n, size=n)]) for _ in range(N_RESAMPLES))
+        drawn = (task.summary([patients[i] for i in rng.integers(n, size=n)]) for _ in range(N_SUMMARIES))
         values = np.array([found[task.headline] for found in drawn if task.headline in found])
     return [float(end) for end in np.percentile(values, [2.5, 97.5])] if len(values) else None
 
@@ -222,10 +241,9 @@ def shared_rows(
     """
     trainer = resident_trainer(plan, DEVICE)
     personal = []
-    for site in sites if plan.strategy.name in OF_EACH_SITE else ():
-        own = OwnState(site.station, run, plan.sha256).before(Question(run, plan.rounds, "test", plan.sha256, ""))
-        if own:
-            personal.append(row_of(f"personal:{site.name}", trainer, shared | own, plan, sites))
+    for site in sites:
+        if (own := own_model(site.station, run, plan, shared)) is not None:
+            personal.append(row_of(f"personal:{site.name}", trainer, own, plan, sites))
     if staying(plan, trainer.network):  # at every site another model is the shared one
         intervals = {row.method.partition(":")[2]: row.interval for row in personal}
         mine = {site: of_site[site] for site, of_site in intervals.items() if site in of_site}

@@ -153,6 +153,37 @@ def experiment(
 
 
 @app.command()
+def sweep(
+    plan: PlanFile,
+    out: Out,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="TABLE.KEY=VALUE,VALUE,... of the plan; give it once for each key.")
+    ],
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds of the runs, separated by commas.")] = "100",
+    sites: Sites = None,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a plan with every combination of some keys' values; the same command goes on where it was."""
+    from simulation.engine import usable_cpus
+    from simulation.experiments.harness import run_experiment
+    from simulation.run import DEFAULT_SITES, impossible
+    from simulation.sweep import sweep_of
+
+    if not all(seed.strip().isdecimal() for seed in seeds.split(",")):
+        raise impossible(f"--seeds {seeds} are no numbers.", "Randomness derives from them.", "--seeds 100,101")
+    chosen = sweep_of(plan, settings, seeds=[int(seed) for seed in seeds.split(",")], n_sites=sites or DEFAULT_SITES)
+    with watching(next(iter(chosen.arms(quick=False).values())), as_json) as watcher:
+        result = run_experiment(
+            chosen, out, quick=False, workers=workers or usable_cpus(), watcher=watcher, command=command_line()
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show_rows(result, out)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
     """Write the HTML report of a run or an experiment again."""
     from simulation.report import write_experiment_report, write_report
@@ -268,6 +299,18 @@ def show_experiment(result: dict[str, Any], out: Path) -> None:
     for claim in result["claims"]:
         expected = f"{claim['bound']} {claim['expected']:g}"
         table.add_row(claim["claim"], f"{claim['value']:.3f}", expected, "yes" if claim["holds"] else "no")
+    console = Console()
+    console.print(table)
+    console.print(out / "report.html")
+
+
+def show_rows(result: dict[str, Any], out: Path) -> None:
+    """The rows of a sweep for the terminal."""
+    table = Table(title=result["title"])
+    for column in ("values", "measured on", "metric", "mean", "sd"):
+        table.add_column(column)
+    for one in result["rows"]:
+        table.add_row(one["method"], one["split"], one["metric"], f"{one['mean']:.3f}", f"{one['sd']:.3f}")
     console = Console()
     console.print(table)
     console.print(out / "report.html")

@@ -1,7 +1,7 @@
 """Emulated hospitals: folders of real DICOM files as a hospital would export them, or of k-space where plans begin there.
 
-Every hospital has one scanner and its own patients. A study is one series of classic MR images, one file per slice, with
-the outline of the lesions as a DICOM Segmentation that refers to them::
+Every hospital has its own patients and one scanner, or several among which patients are dealt. A study is one series of
+classic MR images, one file per slice, with the outline of the lesions as a DICOM Segmentation that refers to them::
 
     site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
     site-1/labels.csv                       who has a lesion, where the plan names a prevalence
@@ -37,7 +37,7 @@ from simulation.atlas import HEAD_HEIGHT_MM, Grid
 from simulation.kspace import NOISE_SHARE, coil_images, write_study
 from simulation.patients import EmulatedPatient
 from simulation.processes import process_pool
-from simulation.scanners import SCANNERS, Scanner, acquire, scanners_sha256
+from simulation.scanners import ALL_SCANNERS, SCANNERS, Scanner, acquire, scanners_sha256
 
 SLICE_THICKNESS_MM = 4.0
 """Thickness of a slice in plans of two dimensions [mm]; there is no gap between slices."""
@@ -64,7 +64,7 @@ class EmulatedHospital:
     """``site-1``, ``site-2`` and so on."""
 
     scanner: str
-    """Its scanner: a name in :data:`~simulation.scanners.SCANNERS`."""
+    """Its scanner: a name in :data:`~simulation.scanners.ALL_SCANNERS`, or several joined by plus signs."""
 
     folder: Path
     """Where its DICOM files lie, one folder per patient."""
@@ -82,6 +82,7 @@ class _Assignment:
     prevalence: float | None
     n_coils: int | None
     """Receivers whose k-space is written; None for DICOM."""
+    is_unlabelled: bool = False
 
     @property
     def has_lesions(self) -> bool:
@@ -121,37 +122,73 @@ def emulate(
         R230 if the plan asks for something that is not emulated, R231 if ``folder`` holds somebody else's files,
         R232 if a worker process died.
     """
+    return _emulated(plan, _dealt(plan, n_sites, seed), _manifest(plan, n_sites, seed), folder, workers, progress)
+
+
+def emulate_unseen(
+    plan: Plan, *, n_sites: int, folder: Path, seed: int, workers: int = 1, progress: Progress | None = None
+) -> list[EmulatedHospital]:
+    """The hospitals of ``simulation.unseen``, ``unseen-1`` and so on, whose patients are nobody's elsewhere; see
+    :func:`emulate`. ``folder`` is theirs alone."""
+    return _emulated(
+        plan, _dealt_unseen(plan, n_sites), _unseen_manifest(plan, n_sites, seed), folder, workers, progress
+    )
+
+
+def _emulated(
+    plan: Plan,
+    shares: Sequence[_Share],
+    manifest: dict[str, Any],
+    folder: Path,
+    workers: int,
+    progress: Progress | None,
+) -> list[EmulatedHospital]:
     grid, label = _grid(plan), _lesion_label(plan)
-    scanners = _dealt_scanners(plan, n_sites)
-    hospitals = [
-        EmulatedHospital(f"site-{number}", scanner, folder / f"site-{number}")
-        for number, scanner in enumerate(scanners, start=1)
-    ]
-    prevalence = _dealt_prevalence(plan, n_sites)
-    manifest = _manifest(plan, n_sites, seed)
+    hospitals = [EmulatedHospital(share.name, share.scanner, folder / share.name) for share in shares]
     if _is_complete(folder, manifest):
         return hospitals
     with _filled_afresh(folder, manifest):
         assignments = [
-            _Assignment(
-                EmulatedPatient(seed, number, index),
-                hospital.scanner,
+            _assigned(
+                share,
+                EmulatedPatient(manifest["inputs"]["seed"], share.number, index),
                 grid,
                 label,
-                hospital.folder,
-                share,
+                folder,
                 _coils(plan),
             )
-            for number, (hospital, share) in enumerate(zip(hospitals, prevalence, strict=True), start=1)
-            for index in range(1, plan.simulation.patients + 1)
+            for share in shares
+            for index in range(1, share.n_patients + 1)
         ]
         for done, _ in enumerate(_each(assignments, workers), start=1):
             if progress is not None:
                 progress(done, len(assignments))
-        for hospital in hospitals if prevalence[0] is not None and plan.task.labels else ():
-            of_hospital = [one for one in assignments if one.folder == hospital.folder]
+        for hospital in hospitals if shares[0].prevalence is not None and plan.task.labels else ():
+            of_hospital = [one for one in assignments if one.folder == hospital.folder and not one.is_unlabelled]
             _write_labels(hospital.folder / "labels.csv", of_hospital, plan.task.labels[:2])
     return hospitals
+
+
+def _without(plan: Plan) -> str:
+    """What patients without a lesion are called."""
+    return plan.task.labels[0] if plan.task.labels else ""
+
+
+def _assigned(
+    share: _Share, patient: EmulatedPatient, grid: Grid, label: str, folder: Path, n_coils: int | None = None
+) -> _Assignment:
+    """A patient of a hospital, and the scanner there that sees the patient."""
+    names, prevalence = share.scanner.split("+"), share.prevalence
+    scanner = names[0]
+    if len(names) > 1:
+        random = generator("scanner", patient.seed, patient.site, patient.index)
+        if share.confounding is None or prevalence is None:
+            scanner = names[int(random.integers(len(names)))]
+        else:
+            is_first = (random.random() < share.confounding) == patient.has_lesion(prevalence)
+            scanner = names[0] if is_first else names[1 + int(random.integers(len(names) - 1))]
+    is_unlabelled = scanner in share.unlabelled
+    return _Assignment(patient, scanner, grid, label, folder / share.name, prevalence, n_coils, is_unlabelled)
 
 
 def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
@@ -161,6 +198,91 @@ def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- what the plan asks for
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one hospital gets."""
+
+    name: str
+    number: int
+    """Its patients are those of this number."""
+
+    scanner: str
+    n_patients: int
+    prevalence: float | None
+    confounding: float | None
+    unlabelled: tuple[str, ...] = ()
+
+
+def _dealt(plan: Plan, n_sites: int, seed: int) -> list[_Share]:
+    """The hospitals that train."""
+    table = plan.simulation
+    scanners = _dealt_scanners(plan, n_sites)
+    prevalence = _dealt_prevalence(plan, n_sites, seed)
+    confounding = _cycled(table.confounding, n_sites)
+    _check_confounding(table.confounding, prevalence, scanners)
+    sizes = _dealt_sizes(plan, n_sites, seed)
+    unlabelled = tuple(_known_scanners("unlabelled", table.unlabelled or ()))
+    return [
+        _Share(f"site-{i + 1}", i + 1, scanners[i], sizes[i], prevalence[i], confounding[i], unlabelled)
+        for i in range(n_sites)
+    ]
+
+
+def _dealt_unseen(plan: Plan, n_sites: int) -> list[_Share]:
+    """The hospitals that train nothing."""
+    table = plan.simulation
+    scanners = _known_scanners("unseen", table.unseen or ())
+    n = len(scanners)
+    prevalence = _cycled(table.unseen_prevalence or table.prevalence, n)
+    confounding = _cycled(table.unseen_confounding, n)
+    _check_confounding(table.unseen_confounding, prevalence, scanners)
+    return [
+        _Share(f"unseen-{i + 1}", n_sites + i + 1, scanners[i], table.patients, prevalence[i], confounding[i])
+        for i in range(n)
+    ]
+
+
+def _cycled(values: Sequence[float] | None, n: int) -> list[float | None]:
+    """Values dealt in turn; None where there are none."""
+    return [None if values is None else values[i % len(values)] for i in range(n)]
+
+
+def _known_scanners(key: str, names: Sequence[str]) -> list[str]:
+    unknown = sorted({one for name in names for one in name.split("+")} - set(ALL_SCANNERS))
+    if unknown:
+        raise FederadError(
+            "R230",
+            happened=f"simulation.{key} names {', '.join(unknown)}, which is not an emulated scanner.",
+            because="Contrast, noise and DICOM header of a hospital come from its scanner.",
+            remedies=(f"choose from: {', '.join(ALL_SCANNERS)}", f"or leave {key} out"),
+        )
+    return list(names)
+
+
+def _check_confounding(
+    values: Sequence[float] | None, prevalence: Sequence[float | None], scanners: Sequence[str]
+) -> None:
+    if values is not None and (None in prevalence or not all("+" in name for name in scanners)):
+        raise FederadError(
+            "R230",
+            happened="simulation.confounding is given where a site has one scanner, or every patient a lesion.",
+            because="It says which patients come to the first of a site's scanners.",
+            remedies=(
+                'join scanners: scanners = ["siemens-t1gd-3t+ge-t2-1.5t"], and give prevalence, under [simulation]',
+                "with one scanner a site, a prevalence for each site says the same",
+            ),
+        )
+
+
+def _dealt_sizes(plan: Plan, n_sites: int, seed: int) -> list[int]:
+    """Patients of each hospital: equal, or shares from a Dirichlet distribution with at least one patient each."""
+    n, skew = plan.simulation.patients, plan.simulation.size_skew
+    if skew is None:
+        return [n] * n_sites
+    shares = generator("sizes", seed, n_sites).dirichlet([skew] * n_sites)
+    return [max(1, round(float(share) * n * n_sites)) for share in shares]
 
 
 def _grid(plan: Plan) -> Grid:
@@ -205,23 +327,24 @@ def _lesion_label(plan: Plan) -> str:
 
 
 def _dealt_scanners(plan: Plan, n_sites: int) -> list[str]:
-    """The scanner of each site."""
-    names = plan.simulation.scanners or tuple(SCANNERS)
-    unknown = sorted(set(names) - set(SCANNERS))
-    if unknown:
-        raise FederadError(
-            "R230",
-            happened=f"simulation.scanners names {', '.join(unknown)}, which is not an emulated scanner.",
-            because="Contrast, noise and DICOM header of a hospital come from its scanner.",
-            remedies=(f"choose from: {', '.join(SCANNERS)}", "or leave scanners out to take all in turn"),
-        )
+    """The scanner of each site, or its scanners."""
+    names = _known_scanners("scanners", plan.simulation.scanners or tuple(SCANNERS))
     return [names[i % len(names)] for i in range(n_sites)]
 
 
-def _dealt_prevalence(plan: Plan, n_sites: int) -> list[float | None]:
-    """The share of patients with lesions at each site; None for all of them, without a table."""
-    shares = plan.simulation.prevalence or (None,)
-    return [shares[i % len(shares)] for i in range(n_sites)]
+def _dealt_prevalence(plan: Plan, n_sites: int, seed: int) -> list[float | None]:
+    """The share of patients with lesions at each site; None for all of them, without a table.
+
+    With ``label_skew`` it is drawn for each site from a Dirichlet distribution around the table's value.
+    """
+    shares, skew = _cycled(plan.simulation.prevalence, n_sites), plan.simulation.label_skew
+    if skew is None:
+        return shares
+    random = generator("prevalence", seed, n_sites)
+    return [
+        None if share is None else float(random.dirichlet([2 * skew * share + 1e-6, 2 * skew * (1 - share) + 1e-6])[0])
+        for share in shares
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- one folder, once
@@ -235,16 +358,42 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         "patients": plan.simulation.patients,
         "label": _lesion_label(plan),
         "scanners": _dealt_scanners(plan, n_sites),
-        "scanners_sha256": scanners_sha256(),
+        "scanners_sha256": scanners_sha256(named_scanners(plan)),
         "grid": asdict(_grid(plan)),
     }
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
     if plan.simulation.prevalence is not None:
-        inputs |= {
-            "prevalence": _dealt_prevalence(plan, n_sites),
-            "without": plan.task.labels[0] if plan.task.labels else "",
-        }
+        inputs |= {"prevalence": _dealt_prevalence(plan, n_sites, seed), "without": _without(plan)}
+    for key in ("confounding", "size_skew", "unlabelled"):
+        if (value := getattr(plan.simulation, key)) is not None:
+            inputs[key] = value
+    return _signed(inputs)
+
+
+def _unseen_manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
+    """The same of the hospitals that train nothing."""
+    inputs = {
+        "format": FORMAT,
+        "seed": seed,
+        "label": _lesion_label(plan),
+        "without": _without(plan),
+        "scanners_sha256": scanners_sha256(named_scanners(plan)),
+        "grid": asdict(_grid(plan)),
+        "unseen": [asdict(share) for share in _dealt_unseen(plan, n_sites)],
+    }
+    if (n_coils := _coils(plan)) is not None:
+        inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
+    return _signed(inputs)
+
+
+def named_scanners(plan: Plan) -> list[str]:
+    """Every emulated scanner that a plan names, seen or not."""
+    table = plan.simulation
+    return [one for name in (*table.scanners, *(table.unseen or ())) for one in name.split("+")]
+
+
+def _signed(inputs: dict[str, Any]) -> dict[str, Any]:
     sha256 = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     return {"emulated": True, "sha256": sha256, "inputs": inputs}
 
@@ -259,13 +408,17 @@ def _is_complete(folder: Path, manifest: dict[str, Any]) -> bool:
 
 
 def _count_files(folder: Path) -> int:
-    return sum(1 for site in folder.glob("site-*") for ending in ("*.dcm", "*.h5") for _ in site.rglob(ending))
+    return sum(1 for site in _sites(folder) for ending in ("*.dcm", "*.h5") for _ in site.rglob(ending))
+
+
+def _sites(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("site-*"), *folder.glob("unseen-*")])
 
 
 @contextmanager
 def _filled_afresh(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     """Clear what an earlier emulation left in ``folder``; when the body ends well, sign the result with its manifest."""
-    old_sites = sorted(folder.glob("site-*"))
+    old_sites = _sites(folder)
     if old_sites and not any((folder / mark).exists() for mark in (MANIFEST, UNFINISHED)):
         raise FederadError(
             "R231",
@@ -324,12 +477,14 @@ def _write_study(assignment: _Assignment, study: int) -> None:
     patient, grid = assignment.patient, assignment.grid
     anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
     random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner)
-    image = acquire(SCANNERS[assignment.scanner], anatomy.tissues, grid.spacing_mm, random)
+    image = acquire(ALL_SCANNERS[assignment.scanner], anatomy.tissues, grid.spacing_mm, random)
     series = _series(assignment, study, image)
     folder = assignment.folder / patient.patient_id / f"study-{study}"
     folder.mkdir(parents=True)
     for slice_ in series:
         dcmwrite(folder / f"im-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
+    if assignment.is_unlabelled:
+        return
     segmentation = _segmentation(assignment, study, series, anatomy.lesion_mask)
     dcmwrite(folder / "seg.dcm", segmentation, enforce_file_format=True)
 
@@ -339,7 +494,7 @@ def _write_kspace(assignment: _Assignment, study: int) -> None:
     patient, grid, n_coils = assignment.patient, assignment.grid, assignment.n_coils or 1
     anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
     random = generator("k-space", patient.seed, patient.site, patient.index, study, assignment.scanner)
-    scanner = SCANNERS[assignment.scanner]
+    scanner = ALL_SCANNERS[assignment.scanner]
     images = coil_images(scanner, anatomy.tissues, grid.spacing_mm, n_coils, random)
     path = assignment.folder / patient.patient_id / f"study-{study}.h5"
     write_study(path, images, grid.spacing_mm, scanner, patient.patient_id)
@@ -347,14 +502,14 @@ def _write_kspace(assignment: _Assignment, study: int) -> None:
 
 def _uid(assignment: _Assignment, *what: object) -> UID:
     """A UID that the same emulation gives again and no other one does."""
-    parts = ("federad", FORMAT, assignment.patient, SCANNERS[assignment.scanner], assignment.grid, *what)
+    parts = ("federad", FORMAT, assignment.patient, ALL_SCANNERS[assignment.scanner], assignment.grid, *what)
     parts += () if assignment.has_lesions else ("without lesions",)
     return generate_uid(entropy_srcs=["\x1f".join(str(part) for part in parts)])
 
 
 def _series(assignment: _Assignment, study: int, image: NDArray[np.float32]) -> list[Dataset]:
     """The image as classic MR slices, from the feet to the head; ``image`` is ``(z, y, x)`` [1 = full scale]."""
-    scanner = SCANNERS[assignment.scanner]
+    scanner = ALL_SCANNERS[assignment.scanner]
     pixels = np.clip(np.rint(image * scanner.gain), 0, 4095).astype("<u2")
     return [
         _slice(assignment, study, number, plane, window=float(np.percentile(pixels, 99.5)))
@@ -373,7 +528,7 @@ def _slice(assignment: _Assignment, study: int, number: int, pixels: NDArray[np.
     ds.InstanceNumber = number
     _describe_patient(ds, assignment.patient, study)
     _describe_study(ds, assignment, study)
-    _describe_scanner(ds, SCANNERS[assignment.scanner])
+    _describe_scanner(ds, ALL_SCANNERS[assignment.scanner])
     _place(ds, assignment.grid, number - 1)
     ds.SamplesPerPixel = 1
     ds.PhotometricInterpretation = "MONOCHROME2"

@@ -29,8 +29,10 @@ from client.site import is_emulated
 from server.journal import Journal
 from server.results import result_of
 from server.rounds import Outcome, Progress
+from shared_models.adaptation import UNKNOWN
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
+from shared_models.scanners import ScannerTable
 from shared_models.task import mean_metrics, task_for
 from shared_models.weights import encode
 from simulation.baselines import (
@@ -42,7 +44,8 @@ from simulation.baselines import (
     show_patients,
     stability_cards,
 )
-from simulation.consortium import emulate
+from simulation.by_scanner import measure_scanners
+from simulation.consortium import emulate, emulate_unseen, named_scanners
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
 from simulation.processes import one_thread, process_pool
@@ -147,6 +150,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
         (folder / stale).unlink(missing_ok=True)
     sites = find_sites(request, watcher)
     prepare(request, sites, watcher)
+    require_scanners(request, sites)
     result = describe(request, sites) | {"started": started}
     journal_folder = folder / "journal"
     shutil.rmtree(journal_folder, ignore_errors=True)
@@ -169,6 +173,10 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=progress,
         )
         result |= report_outcome(request, folder, outcome)
+        if is_measured_by_scanner(request):
+            unseen = find_unseen(request, sites, watcher)
+            watcher.stage("scanners")
+            result["scanners"] = measure_scanners(request.plan, outcome.best, sites, unseen)
         if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
         if request.plan.privacy is None and (classical := learn_nothing(request, sites, watcher)):
@@ -267,6 +275,65 @@ def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None
     )
 
 
+def is_measured_by_scanner(request: Request) -> bool:
+    """Whether the plan is about scanners, and its patients may be measured exactly."""
+    plan = request.plan
+    is_about_scanners = plan.adaptation is not None or plan.simulation.unseen is not None
+    return is_about_scanners and (request.data is None or plan.privacy is None)
+
+
+def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[SiteFolder]:
+    """The hospitals of ``simulation.unseen``, ready to be measured; none on real images."""
+    plan, stations = request.plan, request.shared / "stations"
+    if request.data is not None or not plan.simulation.unseen:
+        return []
+    watcher.stage("emulating unseen hospitals", len(plan.simulation.unseen) * plan.simulation.patients)
+    hospitals = emulate_unseen(
+        plan,
+        n_sites=len(sites),
+        folder=request.shared / "unseen",
+        seed=request.seed,
+        workers=request.execution.workers,
+        progress=watcher.step,
+    )
+    unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in hospitals]
+    watcher.stage("reading unseen images", len(unseen))
+    for site in unseen:
+        forget_history(site.station)
+    prepare_stations(
+        plan,
+        unseen,
+        seed=request.seed,
+        workers=request.execution.workers,
+        on_site=lambda name: watcher.step(detail=name),
+    )
+    return unseen
+
+
+def require_scanners(request: Request, sites: list[SiteFolder]) -> None:
+    """R112 for a plan with an adversary where no site has two scanners."""
+    plan = request.plan
+    if plan.adaptation is None or not plan.is_adversarial:
+        return
+    table = ScannerTable(plan.adaptation.scanners)
+    alone = []
+    for site in sites:
+        cohort = cohort_of(site, plan)
+        studies = [study for patient in cohort.patients("train") for study in patient.studies]
+        if len({table.place(cohort.scanner(study)) for study in studies} - {UNKNOWN}) < 2:
+            alone.append(site.name)
+    if len(alone) == len(sites):
+        raise FederadError(
+            "R112",
+            happened=f"None of the {len(sites)} sites has studies of two scanners that the plan tells apart.",
+            because="A discriminator that sees one scanner says its name whatever it is shown.",
+            remedies=(
+                'join scanners of a site: scanners = ["siemens-t1gd-3t+ge-t2-1.5t"] under [simulation]',
+                "or remove adversarial from [adaptation]",
+            ),
+        )
+
+
 def impossible(happened: str, because: str, remedy: str) -> FederadError:
     """R230: a request that makes no sense."""
     return FederadError("R230", happened=happened, because=because, remedies=(remedy,))
@@ -291,7 +358,7 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
         "test": None,
         "comparison": None,
         "privacy": None,
-        "scanners_sha256": scanners_sha256() if request.data is None else None,
+        "scanners_sha256": scanners_sha256(named_scanners(plan)) if request.data is None else None,
         "versions": {name: version(name) for name in ("federad", "flwr", "torch", "monai")}
         | {"python": platform.python_version()},
     }

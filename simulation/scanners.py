@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, astuple, dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,9 @@ class Scanner:
 
     gain: float
     """Stored pixel value of full scale [pixel value]; files hold 12 bits."""
+
+    kspace_share: float = field(default=1.0, repr=False)
+    """Share of the spatial frequencies along x and y that is measured; the rest is filled with zeros."""
 
 
 SCANNERS: dict[str, Scanner] = {
@@ -162,13 +166,160 @@ SCANNERS: dict[str, Scanner] = {
         gain=2400.0,
     ),
 }
-"""The emulated scanners by the names that a plan uses."""
+"""The emulated scanners that hospitals get unless a plan names others."""
+
+LABORATORY: dict[str, Scanner] = {
+    "siemens-flair-1.5t": Scanner(
+        manufacturer="Siemens Healthineers",
+        model="MAGNETOM Brisa",
+        field_strength_t=1.5,
+        sequence_name="*tir2d1_16",
+        series_description="t2_flair_tra",
+        scanning_sequence=("SE", "IR"),
+        echo_time_s=0.111,
+        repetition_time_s=9.0,
+        inversion_time_s=2.5,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.50, bone=0.08, csf=0.14, grey_matter=0.60, white_matter=0.48, lesion=0.86),
+        variation=0.18,
+        gamma=1.1,
+        bias_amplitude=0.18,
+        point_spread_mm=1.0,
+        noise=0.05,
+        gain=1100.0,
+    ),
+    "ge-t1gd-3t": Scanner(
+        manufacturer="GE HEALTHCARE",
+        model="SIGNA Meridian",
+        field_strength_t=3.0,
+        sequence_name="BRAVO",
+        series_description="Ax BRAVO +C",
+        scanning_sequence=("GR", "IR"),
+        echo_time_s=0.0032,
+        repetition_time_s=0.0082,
+        inversion_time_s=0.45,
+        contrast_agent="Gadoterate",
+        intensities=Intensities(scalp=0.95, bone=0.08, csf=0.10, grey_matter=0.48, white_matter=0.66, lesion=0.92),
+        variation=0.18,
+        gamma=1.15,
+        bias_amplitude=0.24,
+        point_spread_mm=0.8,
+        noise=0.04,
+        gain=2300.0,
+    ),
+    "philips-t2-3t": Scanner(
+        manufacturer="Philips Medical Systems",
+        model="Lumina 3.0T",
+        field_strength_t=3.0,
+        sequence_name="TSE",
+        series_description="T2W_TSE_TRA",
+        scanning_sequence=("SE",),
+        echo_time_s=0.08,
+        repetition_time_s=3.0,
+        inversion_time_s=None,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.58, bone=0.06, csf=0.80, grey_matter=0.50, white_matter=0.36, lesion=0.90),
+        variation=0.18,
+        gamma=1.05,
+        bias_amplitude=0.26,
+        point_spread_mm=0.9,
+        noise=0.042,
+        gain=1500.0,
+    ),
+    "united-pd-3t": Scanner(
+        manufacturer="UIH",
+        model="uMR Linden",
+        field_strength_t=3.0,
+        sequence_name="fse2d",
+        series_description="pd_fse_tra",
+        scanning_sequence=("SE",),
+        echo_time_s=0.02,
+        repetition_time_s=2.6,
+        inversion_time_s=None,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.70, bone=0.10, csf=0.50, grey_matter=0.70, white_matter=0.54, lesion=0.96),
+        variation=0.18,
+        gamma=1.1,
+        bias_amplitude=0.3,
+        point_spread_mm=0.9,
+        noise=0.04,
+        gain=2000.0,
+    ),
+    "fujifilm-flair-0.4t": Scanner(
+        manufacturer="Hitachi Medical Corporation",
+        model="AIRIS Koharu",
+        field_strength_t=0.4,
+        sequence_name="FSE-IR",
+        series_description="FLAIR AX",
+        scanning_sequence=("SE", "IR"),
+        echo_time_s=0.09,
+        repetition_time_s=8.0,
+        inversion_time_s=1.9,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.95, bone=0.22, csf=0.30, grey_matter=0.62, white_matter=0.54, lesion=0.88),
+        variation=0.18,
+        gamma=2.0,
+        bias_amplitude=0.55,
+        point_spread_mm=2.2,
+        noise=0.07,
+        gain=1800.0,
+        kspace_share=0.6,
+    ),
+    "agfa-t2-0.2t": Scanner(
+        manufacturer="AGFA",
+        model="Openview",
+        field_strength_t=0.2,
+        sequence_name="SE2D",
+        series_description="T2 SE",
+        scanning_sequence=("SE",),
+        echo_time_s=0.1,
+        repetition_time_s=3.0,
+        inversion_time_s=None,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.85, bone=0.25, csf=0.78, grey_matter=0.55, white_matter=0.45, lesion=0.88),
+        variation=0.18,
+        gamma=0.55,
+        bias_amplitude=0.6,
+        point_spread_mm=2.0,
+        noise=0.09,
+        gain=2400.0,
+        kspace_share=0.55,
+    ),
+    "ge-t1-1.5t": Scanner(
+        manufacturer="GE MEDICAL SYSTEMS",
+        model="SIGNA Vesper",
+        field_strength_t=1.5,
+        sequence_name="SE",
+        series_description="Ax T1 SE",
+        scanning_sequence=("SE",),
+        echo_time_s=0.012,
+        repetition_time_s=0.55,
+        inversion_time_s=None,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.90, bone=0.10, csf=0.16, grey_matter=0.50, white_matter=0.70, lesion=0.30),
+        variation=0.18,
+        gamma=1.0,
+        bias_amplitude=0.2,
+        point_spread_mm=1.0,
+        noise=0.045,
+        gain=2500.0,
+    ),
+}
+"""Further scanners for experiments. The first four lie near those of :data:`SCANNERS`, the next two far outside (blurred,
+shaded, noisy, another response), and the last shows another sequence, in which lesions are dark."""
+
+ALL_SCANNERS = SCANNERS | LABORATORY
+"""Every emulated scanner by the name that a plan uses."""
 
 
-def scanners_sha256() -> str:
-    """SHA-256 of every value in :data:`SCANNERS`, 64 hex digits."""
-    text = json.dumps({name: asdict(scanner) for name, scanner in SCANNERS.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def scanners_sha256(named: Iterable[str] = ()) -> str:
+    """SHA-256 of every value in :data:`SCANNERS`, and in those of the laboratory that are ``named``: 64 hex digits."""
+    chosen = SCANNERS | {name: LABORATORY[name] for name in sorted(set(named) & LABORATORY.keys())}
+    values = {name: asdict(scanner) for name, scanner in chosen.items()}
+    for of_one in values.values():
+        if of_one["kspace_share"] == 1.0:  # a value that came later leaves no trace where it changes nothing
+            del of_one["kspace_share"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def acquire(
@@ -198,7 +349,19 @@ def acquire(
     """
     in_plane = [0.0, *(scanner.point_spread_mm / step for step in spacing_mm[1:])]
     signal = shading(tissues.shape[1:], scanner.bias_amplitude, random) * contrast(scanner, tissues, random)
-    return add_rician_noise(ndimage.gaussian_filter(signal, in_plane), scanner.noise, random)
+    blurred = ndimage.gaussian_filter(signal, in_plane)
+    if scanner.kspace_share < 1:
+        blurred = low_frequencies(blurred, scanner.kspace_share)
+    return add_rician_noise(blurred, scanner.noise, random)
+
+
+def low_frequencies(signal: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """The magnitude of what the inner ``share`` of the frequencies along y and x shows, ``(z, y, x)``."""
+    spectrum = np.fft.fft2(signal)
+    for axis in (1, 2):
+        outer = np.abs(np.fft.fftfreq(signal.shape[axis])) > share / 2
+        spectrum.swapaxes(axis, -1)[..., outer] = 0
+    return np.abs(np.fft.ifft2(spectrum)).astype(np.float32)
 
 
 def contrast(

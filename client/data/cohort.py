@@ -3,13 +3,17 @@
 Written once per way of looking at the data (:func:`cohort_key`), then only read::
 
     folder/cohort.json                     who is in which split, what was left out and why; written last
-    folder/volumes/<entry>/image.npy       float32 (channel, z, y, x)
-                          /label.npy       uint8 (z, y, x), where somebody has drawn one
-                          /foreground.npy  int32 (n, 3)
-                          /entry.json      spacing [mm], sizes of the arrays
+    folder/salt                               of the key with which the arrays are sealed (``sealed``)
+    folder/volumes/<entry>/image.sealed       float32 (channel, z, y, x)
+                          /label.sealed       uint8 (z, y, x), where somebody has drawn one
+                          /foreground.sealed  int32 (n, 3)
+                          /entry.json         spacing [mm], sizes of the arrays, which key they are sealed with
 
 An entry's name is a hash over the study, the cohort key and the size and time of the study's files: an entry that exists
-is complete and current, and is never decoded again. Nothing is ever pickled.
+is complete and current, and is never decoded again. Nothing is ever pickled. Of a DICOM header no more is kept than keyed
+hashes, the spacing and the name of the scanner.
+
+Patients whose consent was withdrawn (``exclusions``) are in no cohort, whenever it was built.
 """
 
 from __future__ import annotations
@@ -18,9 +22,10 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
@@ -32,8 +37,10 @@ from client.data.labels import StudyLabels
 from client.data.preprocessing import coil_volume, on_patient_axes, one_thread, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
+from client.data.sealed import Seal, SealedArray
+from client.data.sealed import write as write_sealed
 from client.data.skips import Reason, Skipped, UnusableError, counts
-from client.data.storage import replacing, write_json
+from client.data.storage import replacing, unwritable, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
@@ -42,12 +49,18 @@ from shared_models.volume import Volume
 VERSION = 1
 """Of the readers and of preprocessing: raise it when a volume would come out differently, and caches are built anew."""
 
+IMAGE, LABEL, FOREGROUND = "image.sealed", "label.sealed", "foreground.sealed"
+
+CHUNK = {2: (1, 128, 128), 3: (16, 32, 32)}
+"""Sides (z, y, x) of the pieces in which volumes are sealed, by the plan's dimensions: about 64 kB, so that a crop opens
+little besides its own, and the cost of each piece is small against its bytes."""
+
 
 def cohort_key(plan: Plan) -> str:
     """Hash over everything in a plan that decides what a cohort holds: 32 hexadecimal digits.
 
     That is ``plan.data`` without the training patch, ``plan.task.labels``, and whether they are labels of whole
-    studies. Plans that look at the data alike share a
+    studies and may be missing. Plans that look at the data alike share a
     cohort folder.
     """
     of_kspace = set() if _begins_at_kspace(plan) else {"coils", "simulated"}
@@ -58,6 +71,8 @@ def cohort_key(plan: Plan) -> str:
     }
     if _has_label_of_study(plan):
         looks["label_of_study"] = plan.task.label_attribute or "table or folder"
+    if plan.takes_unlabelled:
+        looks["unlabelled"] = True
     return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -82,32 +97,52 @@ class _Prepared:
     scanner: str | None
     category: int | None = None
     is_simulated: bool = False
+    is_unlabelled: bool = False
+    """Whether it has no reference; it trains a discriminator of scanners and is measured by nothing."""
 
 
 class Cohort:
     """The patients of this site that a plan can use. Built with :meth:`build`, reopened with :meth:`open`."""
 
     def __init__(
-        self, folder: Path, prepared: tuple[_Prepared, ...], skipped: tuple[Skipped, ...], site: str = ""
+        self,
+        folder: Path,
+        prepared: tuple[_Prepared, ...],
+        skipped: tuple[Skipped, ...],
+        seal: Seal,
+        n_excluded: int,
+        site: str = "",
     ) -> None:
         self.skipped = skipped
         """Studies left out, with the reason for each."""
+        self.n_excluded = n_excluded
+        """Patients of this cohort who are left out because their consent was withdrawn."""
         self.n_simulated = sum(p.is_simulated for p in prepared)
         """Studies whose phase and coils are made up."""
         self._site = site
         self.scanners: tuple[str, ...] = tuple(sorted({p.scanner for p in prepared if p.scanner}))
         """Scanners of the studies, sorted."""
+        self.declared_scanners: tuple[str, ...] | None = None
+        """The scanners that the hospital has declared; the station, which knows, says so."""
         self._folder = folder
         self._prepared = {p.study: p for p in prepared}
+        self._seal = seal
 
     @classmethod
     def build(
-        cls, folder: Path, catalogue: Catalogue, plan: Plan, *, secret: bytes, on_progress: Progress | None = None
+        cls,
+        folder: Path,
+        catalogue: Catalogue,
+        plan: Plan,
+        *,
+        secret: bytes,
+        excluded: frozenset[str] = frozenset(),
+        on_progress: Progress | None = None,
     ) -> Cohort:
         """Read, check and prepare every study, and write the cohort to ``folder``.
 
-        A study that cannot be used is skipped and counted. Studies prepared earlier are kept and not read again. One
-        builder at a time works in a folder.
+        A study that cannot be used is skipped and counted. Studies prepared earlier are kept and not read again; what
+        lies there of others is removed. One builder at a time works in a folder.
 
         Parameters
         ----------
@@ -119,6 +154,8 @@ class Cohort:
             Read for ``data`` and ``task.labels`` only.
         secret
             The site's secret, the one the catalogue was built with.
+        excluded
+            Keys of patients who must not take part.
         on_progress
             Called after each study with (studies done, studies in all).
 
@@ -129,26 +166,32 @@ class Cohort:
             studies have labels as a whole, C176 if their table cannot be read and C177 if only one label occurs.
         """
         labels = StudyLabels(catalogue.source, plan.task, secret) if _has_label_of_study(plan) else None
-        builder = _Builder(folder, plan, secret, catalogue.locate(secret), labels)
+        builder = _Builder(folder, plan, secret, catalogue.locate(secret), labels, _seal_of(folder, secret))
         studies = catalogue.studies()
         published = _published(studies)
         with warnings.catch_warnings(), one_thread():
             # Decoders' warnings quote header values, and a log may leave the building.
             warnings.simplefilter("ignore")
             for done, study in enumerate(studies, start=1):
-                builder.add(study, published[study.patient])
+                if study.patient in excluded:
+                    builder.skipped.append(Skipped(study.key, Reason.EXCLUDED))
+                else:
+                    builder.add(study, published[study.patient])
                 if on_progress is not None:
                     on_progress(done, len(studies))
         if not builder.prepared:
             raise _nothing_usable(plan, builder.skipped)
-        if labels is not None and len({one.category for one in builder.prepared}) == 1:
+        if labels is not None and len({one.category for one in builder.prepared if not one.is_unlabelled}) == 1:
             raise _one_label(plan, len(builder.prepared))
         write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
-        return cls(folder, tuple(builder.prepared), tuple(builder.skipped))
+        _tidy(folder, {one.entry for one in builder.prepared})
+        n_excluded = len({study.patient for study in studies} & excluded)
+        return cls(folder, tuple(builder.prepared), tuple(builder.skipped), builder.seal, n_excluded)
 
     @classmethod
-    def open(cls, folder: Path, site: str = "") -> Cohort:
-        """Open a cohort that was built in ``folder``; ``site`` is the name that its volumes carry.
+    def open(cls, folder: Path, site: str = "", *, secret: bytes, excluded: frozenset[str] = frozenset()) -> Cohort:
+        """Open a cohort that was built in ``folder`` with this secret, without the patients who are excluded by now;
+        ``site`` is the name that its volumes carry.
 
         Raises
         ------
@@ -159,18 +202,28 @@ class Cohort:
             content = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
             prepared = tuple(_Prepared(**{**one, "spacing_mm": tuple(one["spacing_mm"])}) for one in content["studies"])
             skipped = tuple(Skipped(one["key"], Reason(one["reason"])) for one in content["skipped"])
-            n_lost = sum(not (folder / "volumes" / p.entry).is_dir() for p in prepared)
+            kept = tuple(one for one in prepared if one.patient not in excluded)
+            n_excluded = len({one.patient for one in prepared} & excluded)
+            n_lost = sum(not (folder / "volumes" / p.entry / IMAGE).is_file() for p in kept)
             if n_lost == 0:
-                return cls(folder, prepared, skipped, site)
-            happened = f"The cohort in {folder} has lost {n_lost} of its {len(prepared)} prepared volumes."
+                return cls(folder, kept, skipped, _seal_of(folder, secret), n_excluded, site)
+            happened = f"has lost {n_lost} of its {len(kept)} prepared volumes"
         except (OSError, ValueError, KeyError, TypeError) as error:
-            happened = f"The cohort in {folder} cannot be read ({type(error).__name__})."
-        raise FederadError(
-            "C143",
-            happened=happened,
-            because="A plan runs on the patients and prepared volumes that are listed there.",
-            remedies=("prepare the site again for this plan: what is still there is used again",),
-        )
+            happened = f"cannot be read ({type(error).__name__})"
+        raise _unreadable(folder, happened)
+
+    @staticmethod
+    def forget(folder: Path, excluded: frozenset[str]) -> int:
+        """Remove the prepared volumes of patients from a cohort's folder; how many there were. C143 if it is unreadable."""
+        try:
+            content = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
+            entries = [folder / "volumes" / one["entry"] for one in content["studies"] if one["patient"] in excluded]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _unreadable(folder, f"cannot be read ({type(error).__name__})") from None
+        there = [entry for entry in entries if entry.is_dir()]
+        for entry in there:
+            rmtree(entry)
+        return len(there)
 
     def patients(self, split: Split) -> tuple[Patient, ...]:
         """The patients of one split ("train", "validation" or "test"), sorted by key; may be none."""
@@ -183,31 +236,53 @@ class Cohort:
     def volume(self, study: str) -> Volume:
         """The prepared volume of a study; ``KeyError`` for a study that is not in the cohort.
 
-        Image and label are read-only memory maps of float32 and uint8: float16 would halve the disk but cost a conversion
-        in every crop, and at 2D sizes the page cache holds either. Only what is touched is read; nothing is kept.
+        Image and label are :class:`SealedArray` of float32 and uint8: float16 would halve the disk but cost a conversion in
+        every crop. Only the chunks that are touched are read and opened; nothing is kept. C125, here or where they are
+        read, if somebody changed them.
         """
         one = self._prepared[study]
         entry = self._folder / "volumes" / one.entry
-        label = entry / "label.npy"
+        image, label, foreground = (_opened(entry / name, self._seal) for name in (IMAGE, LABEL, FOREGROUND))
+        if image is None or foreground is None:
+            raise FileNotFoundError(entry)
         return Volume(
-            image=np.load(entry / "image.npy", mmap_mode="r", allow_pickle=False),
-            label=np.load(label, mmap_mode="r", allow_pickle=False) if label.is_file() else None,
-            foreground=np.load(entry / "foreground.npy", allow_pickle=False),
+            image=image,
+            label=label,
+            foreground=np.asarray(foreground),
             spacing_mm=one.spacing_mm,
             category=one.category,
             key=one.study,
             site=self._site,
         )
 
+    def scanner(self, study: str) -> str | None:
+        """What a study was made with, as its header says: "SIEMENS Aurora 1.5 T"; None where it says nothing."""
+        return self._prepared[study].scanner
+
+    def is_unlabelled(self, study: str) -> bool:
+        """Whether a study has no reference."""
+        return self._prepared[study].is_unlabelled
+
+    def category(self, study: str) -> int | None:
+        """The label of a study as a whole; None where it has none."""
+        return self._prepared[study].category
+
 
 class _Builder:
     """Prepares one study after the other."""
 
     def __init__(
-        self, folder: Path, plan: Plan, secret: bytes, paths: Mapping[str, Path], labels: StudyLabels | None
+        self,
+        folder: Path,
+        plan: Plan,
+        secret: bytes,
+        paths: Mapping[str, Path],
+        labels: StudyLabels | None,
+        seal: Seal,
     ) -> None:
         self.prepared: list[_Prepared] = []
         self.skipped: list[Skipped] = []
+        self.seal = seal
         self._folder = folder
         self._plan = plan
         self._secret = secret
@@ -219,32 +294,56 @@ class _Builder:
         try:
             if len(published) > 1:
                 raise UnusableError(Reason.SPLITS_DISAGREE)
-            entry, spacing_mm = self._entry(study)
-            category = None if self._labels is None else self._labels.of(study, self._one_image(study))
+            split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
+            may_lack_label = self._plan.takes_unlabelled and split == "train"
+            entry, spacing_mm, has_label = self._entry(study, may_lack_label=may_lack_label)
+            category = None
+            if self._labels is not None:
+                category, has_label = self._category(study, may_lack_label=may_lack_label)
         except UnusableError as error:
             self.skipped.append(Skipped(study.key, error.reason))
             return
-        split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
         made_up = _begins_at_kspace(self._plan) and kspace.is_simulated(next(iter(study.images.values())))
         self.prepared.append(
-            _Prepared(study.key, study.patient, split, entry, spacing_mm, study.scanner, category, made_up)
+            _Prepared(
+                study.key,
+                study.patient,
+                split,
+                entry,
+                spacing_mm,
+                study.scanner,
+                category,
+                is_simulated=made_up,
+                is_unlabelled=self._plan.takes_unlabelled and not has_label,
+            )
         )
+
+    def _category(self, study: Study, *, may_lack_label: bool) -> tuple[int | None, bool]:
+        """The label of a whole study, and whether it has one."""
+        if self._labels is None:
+            raise ValueError("the plan labels voxels")
+        try:
+            return self._labels.of(study, self._one_image(study)), True
+        except UnusableError as error:
+            if error.reason is not Reason.NOT_LABELLED or not may_lack_label:
+                raise
+            return None, False
 
     def _one_image(self, study: Study) -> list[Path]:
         return [self._path(file) for file in next(iter(study.images.values())).files]
 
-    def _entry(self, study: Study) -> tuple[str, tuple[float, float, float]]:
-        """Name and spacing of the study's cache entry, written now unless it is there."""
-        channels, label = chosen_series(study, self._plan)
+    def _entry(self, study: Study, *, may_lack_label: bool) -> tuple[str, tuple[float, float, float], bool]:
+        """Name and spacing of the study's cache entry, written now unless it is there, and whether anything is drawn."""
+        channels, label = chosen_series(study, self._plan, may_lack_label=may_lack_label)
         name = self._entry_name(study.key, [*channels, label] if label is not None else channels)
         path = self._folder / "volumes" / name
-        spacing_mm = _kept_spacing(path)
+        spacing_mm = _kept_spacing(path, self.seal)
         if spacing_mm is None:
             volume = self._volume(channels, label)
             with replacing(path) as partial:
-                _write_entry(partial, volume)
+                _write_entry(partial, volume, self.seal, self._plan.data.dimensions)
             spacing_mm = volume.spacing_mm
-        return name, spacing_mm
+        return name, spacing_mm, label is not None
 
     def _volume(self, channels: list[Series], label: Series | None) -> Volume:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
@@ -252,18 +351,18 @@ class _Builder:
             return coil_volume(self._coils(channels[0]))
         if label is not None:
             try:
-                return prepare(self._read(channels, label), self._plan.data)
+                return prepare(read_scan(channels, label, self._path, self._plan), self._plan.data)
             except UnusableError:
                 if self._labels is None:
                     raise
-        return prepare(self._read(channels, None), self._plan.data)
+        return prepare(read_scan(channels, None, self._path, self._plan), self._plan.data)
 
     def _coils(self, series: Series) -> kspace.Coils:
         """Fully sampled coil images of a series, made up where it has magnitudes alone."""
         n_coils = self._plan.data.coils
         if series.kind is Kind.KSPACE:
             return kspace.read(self._path(series.files[0]), n_coils)
-        magnitude = on_patient_axes(self._read([series], None), self._plan.data)
+        magnitude = on_patient_axes(read_scan([series], None, self._path, self._plan), self._plan.data)
         return kspace.Coils(kspace.simulated(magnitude.image[0], n_coils), magnitude.spacing_mm)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
@@ -282,34 +381,74 @@ class _Builder:
             raise UnusableError(Reason.FILE_GONE)
         return self._paths[file.key]
 
-    def _read(self, channels: list[Series], label: Series | None) -> Scan:
-        paths = [[self._path(file) for file in one.files] for one in channels]
-        mask = [self._path(file) for file in label.files] if label is not None else []
-        names = self._plan.task.labels
-        if channels[0].kind is Kind.PICTURE:
-            scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
-            if label is None:
-                return scan
-            return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
-        if channels[0].kind is Kind.NIFTI:
-            scan = stacked([images.read_nifti(files[0]) for files in paths])
-            if label is None:
-                return scan
-            return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
-        is_3d = self._plan.data.dimensions == 3
-        series = [dicom.read_series(files, even=is_3d) for files in paths]
-        scan = stacked([one.scan for one in series])
+
+def read_scan(channels: Sequence[Series], label: Series | None, path_of: Callable[[File], Path], plan: Plan) -> Scan:
+    """The series of a study as one scan, with what was drawn on it where a label series is given.
+
+    Parameters
+    ----------
+    channels
+        One image series for each channel of the plan, all of one kind.
+    label
+        The label series of the study, or None.
+    path_of
+        Where a file lies.
+    plan
+        Read for ``data.dimensions`` and ``task.labels``.
+
+    Raises
+    ------
+    UnusableError
+        If a file cannot be decoded, or if series or label do not fit together.
+    """
+    paths = [[path_of(file) for file in one.files] for one in channels]
+    mask = [path_of(file) for file in label.files] if label is not None else []
+    names = plan.task.labels
+    if channels[0].kind is Kind.PICTURE:
+        scan = images.read_picture(paths[0][0], tuple(one.name for one in channels))
         if label is None:
             return scan
-        drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
-        drawn = dicom.read_structures if label.kind is Kind.STRUCTURES else dicom.read_segmentation
-        return scan.labelled(drawn(mask[0], drawn_on, names))
+        return scan.labelled(images.read_mask(mask[0], mask[1] if len(mask) > 1 else None, len(names)))
+    if channels[0].kind is Kind.NIFTI:
+        scan = stacked([images.read_nifti(files[0]) for files in paths])
+        if label is None:
+            return scan
+        return scan.labelled(images.read_nifti_label(mask[0], scan, len(names)))
+    is_3d = plan.data.dimensions == 3
+    series = [dicom.read_series(files, even=is_3d) for files in paths]
+    scan = stacked([one.scan for one in series])
+    if label is None:
+        return scan
+    drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
+    drawn = dicom.read_structures if label.kind is Kind.STRUCTURES else dicom.read_segmentation
+    return scan.labelled(drawn(mask[0], drawn_on, names))
 
 
-def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None]:
-    """The image series for each channel of a plan, in its order, and the label series.
+def chosen_series(study: Study, plan: Plan, *, may_lack_label: bool = False) -> tuple[list[Series], Series | None]:
+    """The image series for each channel of a plan, in its order, and the label series; None where it may be missing.
 
     Where a study has one label as a whole, nothing need be drawn on it; what is shows where heatmaps should point.
+
+    Raises
+    ------
+    UnusableError
+        As :func:`image_series`, and if there is not exactly one label.
+    """
+    channels = image_series(study, plan)
+    if _begins_at_kspace(plan):
+        return channels, None
+    label = study.label
+    if label is None and not (_has_label_of_study(plan) or may_lack_label):
+        raise UnusableError(Reason.NO_LABEL)
+    if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
+        if not _has_label_of_study(plan):
+            raise UnusableError(Reason.SEVERAL_LABELS)
+        label = None
+    return channels, label
+
+
+def image_series(study: Study, plan: Plan) -> list[Series]:
+    """The image series for each channel of a plan, in its order.
 
     ``channels = ["image"]`` takes the only image series there is; of several, the one called "image", else the one that
     the segmentation was drawn on. Any other name must be found: exactly, or within one DICOM series description.
@@ -317,7 +456,8 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
     Raises
     ------
     UnusableError
-        If a channel is missing or ambiguous, if there is not exactly one label, or if a 3D plan meets a single slice.
+        If a channel is missing or ambiguous, if the channels are stored in different ways, or if a 3D plan meets a single
+        slice.
     """
     if plan.data.dimensions == 3 and all(_is_flat(one) for one in study.images.values()):
         raise UnusableError(Reason.NEEDS_VOLUME)
@@ -326,24 +466,16 @@ def chosen_series(study: Study, plan: Plan) -> tuple[list[Series], Series | None
         channels = [_only_image(fitting, study.label)]
     else:
         channels = [_channel(name.lower(), fitting) for name in plan.data.channels]
+    if len({one.kind for one in channels}) > 1:
+        raise UnusableError(Reason.CHANNELS_DIFFER)
     if plan.data.dimensions == 3 and any(_is_flat(one) for one in channels):
         raise UnusableError(Reason.NEEDS_VOLUME)
     if _begins_at_kspace(plan):
         if kspace.is_simulated(channels[0]) and not plan.data.simulated:
             raise UnusableError(Reason.NO_KSPACE)
-        return channels, None
-    if any(one.kind is Kind.KSPACE for one in channels):
+    elif any(one.kind is Kind.KSPACE for one in channels):
         raise UnusableError(Reason.IS_KSPACE)
-    label = study.label
-    if label is None and not _has_label_of_study(plan):
-        raise UnusableError(Reason.NO_LABEL)
-    if label is not None and len(label.files) > 1 and label.kind is not Kind.PICTURE:
-        if not _has_label_of_study(plan):
-            raise UnusableError(Reason.SEVERAL_LABELS)
-        label = None
-    if len({one.kind for one in channels}) > 1:
-        raise UnusableError(Reason.CHANNELS_DIFFER)
-    return channels, label
+    return channels
 
 
 def _has_label_of_study(plan: Plan) -> bool:
@@ -392,28 +524,59 @@ def _published(studies: list[Study]) -> dict[str, set[Split]]:
     return splits
 
 
-def _write_entry(folder: Path, volume: Volume) -> None:
+def _seal_of(folder: Path, secret: bytes) -> Seal:
+    """The key of a cohort; C142 if its salt cannot be written."""
+    try:
+        return Seal.of(folder, secret)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _unreadable(folder: Path, happened: str) -> FederadError:
+    return FederadError(
+        "C143",
+        happened=f"The cohort in {folder} {happened}.",
+        because="A plan runs on the patients and prepared volumes that are listed there.",
+        remedies=("prepare the site again for this plan: what is still there is used again",),
+    )
+
+
+def _opened(path: Path, seal: Seal) -> Any:
+    """A sealed array, or None if there is none; Any, since it stands where an ``ndarray`` may."""
+    return SealedArray(path, seal) if path.is_file() else None
+
+
+def _write_entry(folder: Path, volume: Volume, seal: Seal, dimensions: int) -> None:
     folder.mkdir()
-    np.save(folder / "image.npy", volume.image, allow_pickle=False)
+    chunk = CHUNK[dimensions]
+    write_sealed(folder / IMAGE, volume.image, (len(volume.image), *chunk), seal)
     if volume.label is not None:
-        np.save(folder / "label.npy", volume.label, allow_pickle=False)
-    np.save(folder / "foreground.npy", volume.foreground, allow_pickle=False)
-    about = {"spacing_mm": volume.spacing_mm, "bytes": _array_bytes(folder)}
+        write_sealed(folder / LABEL, volume.label, chunk, seal)
+    write_sealed(folder / FOREGROUND, volume.foreground, volume.foreground.shape, seal)
+    about = {"spacing_mm": volume.spacing_mm, "bytes": _array_bytes(folder), "seal": seal.check}
     (folder / "entry.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def _kept_spacing(folder: Path) -> tuple[float, float, float] | None:
-    """Spacing of an entry in the cache; None if it is not there, or lost bytes when the power failed."""
+def _kept_spacing(folder: Path, seal: Seal) -> tuple[float, float, float] | None:
+    """Spacing of an entry in the cache; None if it is not there, lost bytes when the power failed, or has another key."""
     try:
         about = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
         z_mm, y_mm, x_mm = about["spacing_mm"]
-        return (z_mm, y_mm, x_mm) if about["bytes"] == _array_bytes(folder) else None
+        is_whole = about["bytes"] == _array_bytes(folder) and about["seal"] == seal.check
+        return (z_mm, y_mm, x_mm) if is_whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _array_bytes(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.npy"))}
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.sealed"))}
+
+
+def _tidy(folder: Path, entries: set[str]) -> None:
+    """Remove prepared volumes that no study of the cohort names: of studies that went or changed, of excluded patients."""
+    for path in (folder / "volumes").glob("*"):
+        if path.name not in entries:
+            rmtree(path, ignore_errors=True)
 
 
 def _as_json(plan: Plan, prepared: list[_Prepared], skipped: list[Skipped]) -> dict[str, Any]:

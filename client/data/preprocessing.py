@@ -26,6 +26,9 @@ MAX_THICKNESS_RATIO = 1.5
 """In 2D, how much coarser a slice's pixels may be along one side than the distance between slices: beyond it, the
 series was not acquired axially and its axial planes are interpolation rather than image."""
 
+SAME_SPACING = 1e-5
+"""Relative difference up to which two spacings are one; headers round them to about six digits."""
+
 MAX_LEANING = 0.1
 """How far the last slice may lie aside from the first one's normal without being shifted [pixels]."""
 
@@ -70,33 +73,98 @@ def prepare(scan: Scan, data: DataTable) -> Volume:
     return Volume(_normalised(image), label, foreground_of(label), spacing_mm)
 
 
+def on_scan_grid(
+    values: NDArray[np.float32], scan: Scan, spacing_mm: tuple[float, float, float]
+) -> NDArray[np.float32]:
+    """What was computed on a prepared volume, back on the grid of the scan that it was prepared from.
+
+    The inverse of the geometry of :func:`prepare`: flips and permutations are undone exactly; where the spacing had been
+    changed, values are interpolated linearly at the centres of the scan's own voxels, and the edge goes on outside. Slices
+    of a tilted gantry are shifted back; what had been shifted out of the picture is 0.
+
+    Parameters
+    ----------
+    values
+        ``(channel, z, y, x)`` on the volume's grid.
+    scan
+        As it was read.
+    spacing_mm
+        Of the volume, along (z, y, x).
+
+    Returns
+    -------
+    NDArray[np.float32]
+        ``(channel, slice, row, column)``.
+    """
+    if scan.affine is None:
+        return values
+    from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+    from scipy.ndimage import affine_transform
+
+    leaning = _leaning(scan)
+    upright = scan.affine if leaning is None else leaning[1]
+    to_patient = io_orientation(upright)
+    scan_mm = np.linalg.norm(upright[:3, :3], axis=0)
+    columns_first = np.array(scan.shape[::-1])
+    along = to_patient[:, 0].astype(int)  # of each axis of the scan, the patient axis that it runs along
+    shape, fine_mm = np.empty(3, int), np.empty(3)
+    shape[along], fine_mm[along] = columns_first, scan_mm
+    steps = fine_mm[::-1] / np.array(spacing_mm)
+    steps[np.abs(steps - 1) < SAME_SPACING] = 1.0
+    if (steps != 1.0).any():
+        fine = [
+            affine_transform(channel, steps, output_shape=tuple(shape[::-1]), order=1, mode="nearest")
+            for channel in values
+        ]
+        values = np.stack(fine)
+    back = ornt_transform(np.stack([np.arange(3), np.ones(3)], axis=1), to_patient)
+    turned = [apply_orientation(channel.transpose(2, 1, 0), back).transpose(2, 1, 0) for channel in values]
+    if leaning is not None:
+        turned = [_shifted(channel, -leaning[0], order=1, outside=0.0) for channel in turned]
+    return np.ascontiguousarray(turned, dtype=np.float32)
+
+
 def straightened(scan: Scan) -> Scan:
     """The same scan with its slices above each other: those of a tilted gantry are shifted in their planes.
 
     Images bilinearly, labels to the nearest pixel, about the slice in the middle; what comes in from outside is the
     darkest value and no label. A scan that is straight passes unchanged.
     """
-    if scan.affine is None:
+    leaning = _leaning(scan)
+    if leaning is None:
         return scan
+    shifts, upright = leaning
+    image = np.stack([_shifted(channel, shifts, order=1, outside=float(channel.min())) for channel in scan.image])
+    return Scan(image, upright, None if scan.label is None else _shifted(scan.label, shifts, order=0, outside=0))
+
+
+def _leaning(scan: Scan) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """How far each slice must move along rows and columns [pixels], ``(slice, 2)``, and the affine that it then has.
+
+    None for a scan whose slices lie above each other.
+    """
+    if scan.affine is None:
+        return None
     x, y, step = scan.affine[:3, :3].T
     normal = np.cross(x, y) / np.linalg.norm(np.cross(x, y))
-    per_slice = np.array([step @ y / (y @ y), step @ x / (x @ x)])  # rows, columns
+    per_slice = np.array([step @ y / (y @ y), step @ x / (x @ x)])
     if not abs(np.dot(normal, step)) > 0 or np.abs(per_slice).max() * max(scan.shape[0] - 1, 0) < MAX_LEANING:
-        return scan
-    from scipy.ndimage import shift
-
+        return None
     middle = (scan.shape[0] - 1) / 2
-    image, label = np.empty_like(scan.image), None if scan.label is None else np.empty_like(scan.label)
-    for k in range(scan.shape[0]):
-        by = (k - middle) * per_slice
-        for c, channel in enumerate(scan.image):
-            image[c, k] = shift(channel[k], by, order=1, mode="constant", cval=float(channel.min()))
-        if label is not None and scan.label is not None:
-            label[k] = shift(scan.label[k], by, order=0, mode="constant", cval=0)
     affine = scan.affine.copy()
     affine[:3, 2] = normal * np.dot(normal, step)
     affine[:3, 3] += middle * (per_slice[0] * y + per_slice[1] * x)
-    return Scan(image, affine, label)
+    return (np.arange(scan.shape[0]) - middle)[:, None] * per_slice, affine
+
+
+def _shifted(values: NDArray[Any], shifts: NDArray[np.float64], *, order: int, outside: float) -> NDArray[Any]:
+    """Each slice of ``(slice, row, column)`` moved by so many pixels along its rows and columns."""
+    from scipy.ndimage import shift
+
+    moved = np.empty_like(values)
+    for k, by in enumerate(shifts):
+        moved[k] = shift(values[k], by, order=order, mode="constant", cval=outside)
+    return moved
 
 
 def on_patient_axes(scan: Scan, data: DataTable) -> Volume:

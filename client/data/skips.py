@@ -33,6 +33,7 @@ class Reason(StrEnum):
     PATIENTS_DISAGREE = "one series under several patient IDs"
     NO_IMAGE = "mask without an image"
 
+    EXCLUDED = "consent withdrawn"
     FILE_GONE = "file gone since the catalogue was built"
     SPLITS_DISAGREE = "published splits of one patient disagree"
     CHANNEL_MISSING = "a channel of the plan is missing"

@@ -37,15 +37,20 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, sqlite3.OperationalError) as error:
         with suppress(OSError):
             _remove(partial)
-        raise FederadError(
-            "C142",
-            happened=f"Writing below {path.parent} failed ({_cause(error)}).",
-            because="Prepared images are kept there, so that no scan is decoded twice.",
-            remedies=(
-                "free space on that disk, or give the account that runs the site write permission there",
-                "then start again: what was complete is kept and used",
-            ),
-        ) from error
+        raise unwritable(path.parent, error) from error
+
+
+def unwritable(folder: Path, error: Exception) -> FederadError:
+    """C142."""
+    return FederadError(
+        "C142",
+        happened=f"Writing below {folder} failed ({_cause(error)}).",
+        because="Prepared images are kept there, so that no scan is decoded twice.",
+        remedies=(
+            "free space on that disk, or give the account that runs the site write permission there",
+            "then start again: what was complete is kept and used",
+        ),
+    )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

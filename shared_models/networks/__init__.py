@@ -4,6 +4,17 @@ No network here has a layer in which one patient can influence another (no batch
 ``tests/contracts.py`` finds such a layer by its behaviour.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shared_models.registry import look_up
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from shared_models.plan import Plan
+
 NETWORKS = {
     "unet": "shared_models.networks.unet:build",
     "segresnet": "shared_models.networks.segresnet:build",
@@ -32,3 +43,16 @@ WITH_NORMS = frozenset(
     {"unet", "segresnet", "dynunet", "dual-path", "densenet", "efficientnet", "varnet", "image-unet"}
 )
 """Networks with normalisation layers that learn, which a strategy may leave at the sites."""
+
+
+def build(plan: Plan) -> nn.Module:
+    """The network that a plan names, freshly initialised, with a discriminator where the plan asks for an adversary.
+
+    The network's own parameters are the same with and without.
+    """
+    network: nn.Module = look_up(NETWORKS, plan.task.network)(plan)
+    if not plan.is_adversarial:
+        return network
+    from shared_models.adaptation import Adapted
+
+    return Adapted(network, plan)

@@ -18,12 +18,13 @@ from shared_models.plan import Plan
 class DenseLayer(nn.Module):
     """A convolution whose output is added to the features as further channels."""
 
-    def __init__(self, n_axes: int, n_in: int, growth: int) -> None:
+    def __init__(self, n_axes: int, n_in: int, growth: int, dropout: float) -> None:
         super().__init__()
         self.layer = nn.Sequential(
             nn.GroupNorm(groups_of(n_in), n_in),
             nn.ReLU(),
             Convolution(n_axes, n_in, growth, kernel_size=3, conv_only=True),
+            nn.Dropout(dropout),
         )
 
     def forward(self, features: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def build(plan: Plan) -> nn.Module:
             layers.append(Pool[Pool.AVG, n_axes](2))
         growth = max(1, n_out // 2)
         for _ in range(max(1, plan.task.residual_units)):
-            layers.append(DenseLayer(n_axes, n_in, growth))
+            layers.append(DenseLayer(n_axes, n_in, growth, plan.task.dropout or 0.0))
             n_in += growth
         layers += [nn.GroupNorm(groups_of(n_in), n_in), nn.ReLU()]
         layers.append(Convolution(n_axes, n_in, n_out, kernel_size=1, conv_only=True))

@@ -24,7 +24,7 @@ class DualPath(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self._n_axes, channels = plan.data.dimensions, plan.task.channels
+        self._n_axes, self._dropout, channels = plan.data.dimensions, plan.task.dropout, plan.task.channels
         self._coarser = 2 ** (len(channels) - 1)
         self.fine, self.coarse = (self._path((len(plan.data.channels), *channels)) for _ in range(2))
         self.head = nn.Sequential(
@@ -41,7 +41,7 @@ class DualPath(nn.Module):
 
     def _path(self, widths: tuple[int, ...]) -> nn.Module:
         layers = [
-            Convolution(self._n_axes, n_in, n_out, kernel_size=3, act="RELU", norm=NORM)
+            Convolution(self._n_axes, n_in, n_out, kernel_size=3, act="RELU", norm=NORM, dropout=self._dropout)
             for n_in, n_out in pairwise(widths)
         ]
         return nn.Sequential(*layers)

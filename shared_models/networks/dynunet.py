@@ -26,11 +26,20 @@ class DynamicUNet(nn.Module):
         block = UnetResBlock if plan.task.residual_units else UnetBasicBlock
         inputs = (len(plan.data.channels), *channels)
         self.down = nn.ModuleList(
-            block(n_axes, n_in, n_out, depth.kernel, depth.stride, NORM)
+            block(n_axes, n_in, n_out, depth.kernel, depth.stride, NORM, dropout=plan.task.dropout)
             for n_in, n_out, depth in zip(inputs, channels, depths, strict=False)
         )
         self.up = nn.ModuleList(
-            UnetUpBlock(n_axes, channels[i + 1], channels[i], depths[i].kernel, 1, depths[i + 1].stride, NORM)
+            UnetUpBlock(
+                n_axes,
+                channels[i + 1],
+                channels[i],
+                depths[i].kernel,
+                1,
+                depths[i + 1].stride,
+                NORM,
+                dropout=plan.task.dropout,
+            )
             for i in reversed(range(len(channels) - 1))
         )
         self.head = UnetOutBlock(n_axes, channels[0], len(plan.task.labels))

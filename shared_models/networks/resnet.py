@@ -25,7 +25,8 @@ def build(plan: Plan) -> nn.Module:
     for depth, n_out in enumerate(plan.task.channels):
         for unit in range(max(1, plan.task.residual_units)):
             stride = 2 if depth and not unit else 1
-            layers.append(ResidualUnit(dimensions, n_in, n_out, strides=stride, act="RELU", norm=None))
+            dropout = plan.task.dropout
+            layers.append(ResidualUnit(dimensions, n_in, n_out, strides=stride, act="RELU", norm=None, dropout=dropout))
             n_in = n_out
     head = Convolution(dimensions, n_in, len(plan.task.labels), kernel_size=1, conv_only=True)
     return nn.Sequential(*layers, head)

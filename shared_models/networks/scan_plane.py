@@ -27,7 +27,9 @@ def build(plan: Plan) -> nn.Module:
     n_in = len(plan.data.channels)
 
     def convolution(n_out: int, kernel_size: int = 3) -> nn.Module:
-        layer: nn.Module = Convolution(dimensions, n_in, n_out, kernel_size=kernel_size, act="RELU", norm=None)
+        layer: nn.Module = Convolution(
+            dimensions, n_in, n_out, kernel_size=kernel_size, act="RELU", norm=None, dropout=plan.task.dropout
+        )
         return layer
 
     for depth, n_out in enumerate(plan.task.channels):

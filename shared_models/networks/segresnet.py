@@ -24,6 +24,7 @@ def build(plan: Plan) -> nn.Module:
         init_filters=plan.task.channels[0],
         in_channels=len(plan.data.channels),
         out_channels=len(plan.task.labels),
+        dropout_prob=plan.task.dropout,
         norm=("GROUP", {"num_groups": groups_of(plan.task.channels[0])}),
         blocks_down=(n_blocks,) * n_depths,
         blocks_up=(1,) * (n_depths - 1),

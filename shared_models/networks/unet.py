@@ -28,5 +28,6 @@ def build(plan: Plan) -> nn.Module:
         strides=(2,) * (n_depths - 1),
         num_res_units=plan.task.residual_units,
         norm=("INSTANCE", {"affine": True}),
+        dropout=plan.task.dropout or 0.0,
     )
     return network

@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared_models.networks import NETWORKS
+from shared_models import networks
 from shared_models.plan import Plan
-from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task
 from shared_models.tasks import confused
 from shared_models.volume import Volume, crop, in_greys
@@ -88,8 +87,7 @@ class Classification(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(as_seen(self.plan))
-        return network
+        return networks.build(as_seen(self.plan))
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """A whole image, or in 2-D one slice of it, or one of its views, and its label as int64 ``()``.

@@ -198,7 +198,7 @@ class Reconstruction(Task):
         zero_filled_...        the same of the zero-filled image
         =====================  ===========================================================================================
         """
-        reference = volume.image
+        reference = np.asarray(volume.image)
         own, none = (self._scores(images, reference) for images in (np.asarray(prediction), self.zero_filled(volume)))
         return {
             "psnr": own["psnr"],

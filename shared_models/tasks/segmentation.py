@@ -18,11 +18,10 @@ from monai.metrics.utils import get_edge_surface_distance
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shared_models import networks
 from shared_models.clinical import agreement
 from shared_models.losses import loss_of
-from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
-from shared_models.registry import look_up
 from shared_models.task import Picture, Sample, Task, mean_metrics
 from shared_models.volume import Volume, crop, in_greys
 
@@ -57,8 +56,7 @@ class Segmentation(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
-        return network
+        return networks.build(self.plan)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """A patch, and its labels as int64 ``(1, [z,] y, x)``.
@@ -96,6 +94,22 @@ class Segmentation(Task):
     def predict(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> NDArray[np.uint8]:
         """Label indices ``(z, y, x)``, from overlapping windows of the training patch's size."""
         return np.asarray(self.logits(network, volume, device).argmax(dim=0).to(torch.uint8).cpu().numpy(), np.uint8)
+
+    def probabilities(
+        self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device
+    ) -> NDArray[np.float32]:
+        """Of each label at each voxel, ``(label, z, y, x)``; the largest is the one that :meth:`predict` gives."""
+        logits = self.logits(network, volume, device)
+        return np.asarray(torch.softmax(logits.float(), dim=0).cpu().numpy(), np.float32)
+
+    def n_windows(self, volume: Volume) -> int:
+        """How many windows the network sees of a volume."""
+        n_slices, *sides = volume.image.shape[1:] if self.plan.data.dimensions == 2 else (1, *volume.image.shape[1:])
+        along = (
+            1 + math.ceil(max(side - n, 0) / int(n * (1 - OVERLAP)))
+            for side, n in zip(sides, self.plan.data.patch, strict=True)
+        )
+        return int(n_slices * math.prod(along))
 
     def logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
         """What the network says for each label of each voxel, ``(label, z, y, x)``, from the same windows."""

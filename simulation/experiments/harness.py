@@ -54,7 +54,7 @@ class Experiment:
 
     measured_at: str | None = None
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
-    each result. None where each run compares itself with a central and with local models."""
+    each result. None where each run is measured on its own."""
 
     after: Callable[[Request], dict[str, Any]] | None = None
     """Looked at once when an arm has run, and kept as ``after`` in its result; such runs are compared with nothing else,

@@ -194,6 +194,10 @@ def evaluate(results: Results) -> dict[str, Any]:
     def auroc(seed: dict[str, Any], number: str) -> float:
         scores = np.array([p[number] for p in seed["patients"]])
         is_poor = np.array([p["dice"] < POOR_DICE for p in seed["patients"]])
+        if is_poor.all() or not is_poor.any():
+            raise ValueError(
+                f"{is_poor.sum()} of {len(is_poor)} patients have a Dice below {POOR_DICE}: nothing to flag"
+            )
         return area_under_curve(scores, is_poor, np.ones(len(scores)))
 
     def rank(seed: dict[str, Any], number: str) -> float:

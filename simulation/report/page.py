@@ -57,6 +57,7 @@ def write_report(folder: Path) -> Path:
         columns=dict(_columns(run)),
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
         confusion=_confusion(run),
+        volumes=_volumes(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
         comparison_has_intervals=any(row.interval for row in run.comparison.rows) if run.comparison else False,
         by_round=_by_round(run),
@@ -202,6 +203,20 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
         ]
         for a, row in shares.items()
     }
+
+
+def _volumes(run: Run) -> dict[tuple[str, str], list[str]]:
+    """How volumes agree with the reference, by label and site: bias, half width of the limits, error and ICC; empty for
+    tasks without volumes."""
+    if run.test is None:
+        return {}
+    found = {}
+    for name in run.labels[1:]:
+        for site in run.test.per_site:
+            cells = [run.test.at(site, f"volume {kind}: {name}") for kind in ("bias", "limits", "error", "ICC")]
+            if any(cell is not None for cell in cells):
+                found[name, site] = [words.figure(cell, signed=not i) for i, cell in enumerate(cells)]
+    return found
 
 
 def _lines(metric: str, measured: list[Measured], axis: str) -> Markup | None:

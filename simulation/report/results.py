@@ -170,6 +170,26 @@ class Budget(Part):
     """For one image, of an image-level plan."""
 
 
+class Leakage(Part):
+    """How well a fresh probe reads the scanner off the features of test patients."""
+
+    accuracy: float
+    """Mean over scanners of the share that it names."""
+
+    chance: float
+    """What guessing gives."""
+
+
+class Scanners(Part):
+    """Test metrics by scanner."""
+
+    seen: dict[str, dict[str, float]]
+    unseen: dict[str, dict[str, float | str]]
+    """By hospital that trained nothing; ``scanner`` says what it has."""
+
+    leakage: Leakage | None = None
+
+
 class Run(Part):
     """What ``federad-sim run`` writes."""
 
@@ -191,6 +211,8 @@ class Run(Part):
     rounds: tuple[Round, ...]
     test: Tested | None
     comparison: Comparison | None
+    scanners: Scanners | None = None
+    """Where the plan is about scanners."""
     classical: tuple[Method, ...] = ()
     """Methods that learn nothing, on the same test patients."""
 

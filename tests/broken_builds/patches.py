@@ -25,9 +25,15 @@ OUTSIDE = "tests/client/test_noise_from_outside.py"
 CANARIES = "tests/client/test_canaries.py"
 INVERSION = "tests/client/test_gradient_inversion.py"
 LIAR = "tests/client/test_lying_server.py"
+ADAPTED = "tests/client/test_adapted_training.py"
+ADAPTATION = "tests/shared_models/test_adaptation.py"
 EGRESS = "tests/client/test_egress.py"
 RESULTS = "tests/server/test_results.py"
 COMPARISON = "tests/simulation/test_private_comparison.py"
+LEAVING = "tests/client/test_leaving.py"
+SEALED = "tests/client/data/test_sealed.py"
+DEIDENTIFIED = "tests/client/data/test_deidentify.py"
+PREDICTED = "tests/client/data/test_inference.py"
 AVERAGE = "tests/server/test_rounds.py::TestRun::test_average_over_rounds_is_tested_and_released"
 
 
@@ -863,8 +869,8 @@ _DOOR = (
         "number of patients in the audit that may be shown",
         (
             "client/station.py",
-            "sha256, again=False, released=released)",
-            'sha256, again=False, released=released, patients=len(cohort.patients("train")))',
+            "sha256, again=False, released=released, **left_out)",
+            'sha256, again=False, released=released, **left_out, patients=len(cohort.patients("train")))',
         ),
         caught_by=(
             f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[an ordinary one]",
@@ -884,7 +890,7 @@ _DOOR = (
         "answers that the audit does not tell",
         (
             "client/station.py",
-            "self._audit_answer(question, len(passed.answer), sha256, again=False, released=released)\n",
+            "self._audit_answer(question, len(passed.answer), sha256, again=False, released=released, **left_out)\n",
             "pass\n",
         ),
         caught_by=(
@@ -937,11 +943,43 @@ _TOLD = (
         ),
     ),
     patch(
+        "scanners counted among patients",
+        (
+            "client/training.py",
+            "        if plan.privacy is None:\n            told_apart",
+            "        if True:\n            told_apart",
+        ),
+        caught_by=(f"{ADAPTED}::TestPrivately::test_declared_scanners_decide_whether_a_discriminator_trains",),
+    ),
+    patch(
+        "studies without a reference under privacy",
+        ("shared_models/plan.py", "return self.is_adversarial and self.privacy is None", "return self.is_adversarial"),
+        caught_by=(f"{PLAN}::TestAdaptation::test_unlabelled_studies_take_part_without_privacy_alone",),
+    ),
+    patch(
+        "labels counted under privacy",
+        (
+            "shared_models/plan.py",
+            "if self.training.balanced is not None and self.privacy is not None:",
+            "if False:",
+        ),
+        caught_by=(f"{PLAN}::TestClassification::test_balance_that_is_counted_is_refused_under_privacy",),
+    ),
+    patch(
+        "reversed gradient bounded by the batch",
+        (
+            "shared_models/adaptation.py",
+            "    norm = gradient.flatten(1).float().norm(dim=1)\n",
+            "    norm = gradient.flatten(1).float().norm(dim=1).mean().expand(len(gradient))\n",
+        ),
+        caught_by=(f"{ADAPTATION}::TestAdversary::test_bound_of_a_sample_is_its_own",),
+    ),
+    patch(
         "forbidden notices leave",
         (
             "client/gate.py",
-            'if release.kind in ("status", "progress") and self._policy.rule(release.kind, private=False) == "forbidden":',
-            "if False:",
+            'and self._policy.rule(cast("NoticeKind", release.kind), private=False) == "forbidden"',
+            "and False",
         ),
         caught_by=(
             f"{GATE}::TestPolicyOfNotices::test_notice_that_the_hospital_forbids_stays",
@@ -1016,4 +1054,63 @@ _TOLD = (
     ),
 )
 
-PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR, *_TOLD)
+_KEPT = (
+    patch(
+        "exclusions hold for new approvals only",
+        ("client/station.py", "secret=self._secret, excluded=self._left_out())", "secret=self._secret)"),
+        caught_by=(
+            f"{LEAVING}::TestExclusion::test_excluded_patient_is_in_no_cohort_that_was_approved_before",
+            f"{LEAVING}::TestExclusion::test_round_is_trained_without_the_excluded",
+        ),
+    ),
+    patch(
+        "a list of exclusions that cannot be read is an empty one",
+        ("client/exclusions.py", 'raise _unusable(folder, "a line is no key")', "return frozenset()"),
+        caught_by=(f"{LEAVING}::TestExclusion::test_list_that_cannot_be_read_stops_everything",),
+    ),
+    patch(
+        "excluded patients' volumes stay on the disk",
+        ("client/data/cohort.py", "        for entry in there:\n            rmtree(entry)\n", ""),
+        caught_by=(f"{LEAVING}::TestExclusion::test_excluded_patient_is_in_no_cohort_that_was_approved_before",),
+    ),
+    patch(
+        "sealed pieces can change places",
+        ("client/data/sealed.py", 'return name + header + number.to_bytes(8, "big")', "return header"),
+        caught_by=(f"{SEALED}::TestSeal::test_chunk_or_volume_in_the_place_of_another_is_refused",),
+    ),
+    patch(
+        "one key for all cohorts",
+        ("client/data/sealed.py", "HKDF(SHA256(), 48, salt, ", 'HKDF(SHA256(), 48, b"", '),
+        caught_by=(f"{SEALED}::TestSeal::test_key_is_of_this_site_and_this_cohort",),
+    ),
+    patch(
+        "private attributes pass",
+        (
+            "client/data/deidentify.py",
+            "                del data[element.tag]\n            elif (action",
+            "            elif (action",
+        ),
+        caught_by=(f"{DEIDENTIFIED}::TestTable::test_private_attributes_and_overlays_go_at_every_depth",),
+    ),
+    patch(
+        "identifiers only on top are mapped",
+        (
+            "client/data/deidentify.py",
+            '            elif element.VR == "SQ":\n                for item in element.value:\n'
+            "                    self._clean(item, person)\n            elif element.VR in _TEXT",
+            "            elif element.VR in _TEXT",
+        ),
+        caught_by=(f"{DEIDENTIFIED}::TestTable::test_every_attribute_gets_its_action_wherever_it_stands",),
+    ),
+    patch(
+        "a model predicts without its signature",
+        (
+            "client/inference.py",
+            "release = verify_folder(_fetched(site, wanted), load_public(pin.plan_key_pem), pin.consortium)",
+            "release = Release.open(_fetched(site, wanted))",
+        ),
+        caught_by=(f"{PREDICTED}::TestRefusals::test_model_that_is_not_the_signed_one_predicts_nothing",),
+    ),
+)
+
+PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR, *_TOLD, *_KEPT)

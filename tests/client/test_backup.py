@@ -250,7 +250,7 @@ def charge(ledger: Ledger, round_: int) -> None:
 class TestWritten:
     def test_what_must_not_go_back_in_time_is_left_out(self, worked, tmp_path):
         """
-        Anchor, locks, logs, prepared images and Flower's own files are in no backup.
+        Anchor, locks, logs, prepared images, the salt of their key and Flower's own files are in no backup.
         """
         for name in ("station/ledger.anchor", "station/logs/station.log", "courier/flower/x", "courier/status.json"):
             path = worked.root / name
@@ -259,7 +259,9 @@ class TestWritten:
 
         found = names(back_up(worked, tmp_path / "site.tar").file)
 
-        assert not [name for name in found for word in ("anchor", "lock", "volumes", "logs", "flower") if word in name]
+        assert not [
+            name for name in found for word in ("anchor", "lock", "volumes", "salt", "logs", "flower") if word in name
+        ]
         assert {"station/secret", "station/site.toml", "station/audit.jsonl", "courier/node.key"} <= set(found)
         assert any(name.startswith("station/cohorts/") for name in found)
 

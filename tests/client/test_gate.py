@@ -41,6 +41,22 @@ class TestRelease:
         assert answer.update["w"].tolist() == [0.5, -1.0]
         assert (answer.metrics, answer.counts) == (VALUES["metric"], VALUES["count"])
 
+    def test_scanners_of_the_vocabulary_leave(self, gate):
+        """
+        What somebody typed leaves as it is, where it begins with a known maker.
+        """
+        notice = gate.notice(Release("scanners", {"names": ("SIEMENS Aurora 1.5 T", "GE 3 T")}))
+
+        assert (notice.kind, notice.scanners) == ("scanners", ("SIEMENS Aurora 1.5 T", "GE 3 T"))
+
+    @pytest.mark.parametrize("name", ["Jane Doe", "GE; Jane Doe", "GE\n3 T", "GE " + "x" * 70, ""])
+    def test_other_words_do_not_leave_as_a_scanner(self, gate, name):
+        """
+        The list cannot carry text out of the building.
+        """
+        with pytest.raises(FederadError, match="C147"):
+            gate.notice(Release("scanners", {"names": ("GE 3 T", name)}))
+
     def test_list_of_kinds_is_the_one_that_was_agreed(self):
         """
         A new kind of release is a decision: it changes this list, and the answer has a field for each and no other.
@@ -193,7 +209,12 @@ class TestRefuse:
 
 class TestPolicyOfNotices:
     @pytest.mark.parametrize(
-        ("kind", "value"), [("status", {"word": "approved"}), ("progress", {"round": 1, "tick": 3})]
+        ("kind", "value"),
+        [
+            ("status", {"word": "approved"}),
+            ("progress", {"round": 1, "tick": 3}),
+            ("scanners", {"names": ("GE 3 T",)}),
+        ],
     )
     def test_notice_that_the_hospital_forbids_stays(self, kind, value):
         """
@@ -231,7 +252,7 @@ class TestNotice:
         """
         A new kind of notice, or a new word, is a decision: it changes this list.
         """
-        assert get_args(NoticeKind) == ("status", "progress")
+        assert get_args(NoticeKind) == ("status", "progress", "scanners")
         assert get_args(StatusWord) == ("approved", "refused", "started")
 
     @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from client.own import OwnState
+from client.own import OwnState, own_model
 from client.side import side_of
 from client.training import Trainer
 from client.work import exact_releases
@@ -62,7 +62,8 @@ def plan_of(**strategy: object) -> Plan:
         "optimizer": "sgd",
         "learning_rate": RATE,
     }
-    return contracts.example_plan(training=training, strategy={**strategy, "release": "last"})
+    plan = contracts.example_plan(training=training, strategy={**strategy, "release": "last"})
+    return plan.model_copy(update={"rounds": N_ROUNDS})
 
 
 class Federation:
@@ -359,6 +360,26 @@ class TestKept:
         with pytest.raises(FederadError) as caught:
             federation.answer("site-1", federation.ask(2))
         assert caught.value.code == "C134"
+
+
+class TestOwnModel:
+    def test_it_is_the_shared_one_with_what_stayed(self, tmp_path):
+        """
+        FedBN's is the shared model with the site's norms, Ditto's is its own; other strategies have none, nor has a site
+        that took no part.
+        """
+        for strategy in ({"name": "fedbn"}, {"name": "ditto", "personal_pull": 0.5}, {"name": "scaffold"}):
+            federation = Federation(plan_of(**strategy), tmp_path / strategy["name"])
+            shared, plan = federation.run(), federation.plan
+            folder = tmp_path / strategy["name"] / "site-1"
+            kept = federation.own("site-1").before(Question("a-run", N_ROUNDS, "test", plan.sha256, ""))
+            own = own_model(folder, "a-run", plan, shared)
+
+            if strategy["name"] == "scaffold":
+                assert own is None
+            else:
+                laws.assert_same_bits(own, shared | kept)
+            assert own_model(folder, "another-run", plan, shared) is None
 
 
 class TestOthers:

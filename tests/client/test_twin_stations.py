@@ -22,7 +22,9 @@ from test_private_training import Scripted
 
 from client import training
 from client.audit import FILE, AuditLog
+from client.data.cohort import IMAGE, LABEL
 from client.data.keys import key_of, split_of
+from client.data.sealed import Seal, SealedArray, write
 from client.policy import Policy
 from client.privacy import Mechanism, PatientSum
 from client.site import SiteConfig
@@ -193,11 +195,11 @@ class Town:
             self._seen[split, number] = asked(station, self.plans[number])
         return self._seen[split, number]
 
-    def entry(self, station: Path, split: str) -> Path:
-        """Where the prepared volume of the patient in question lies."""
+    def entry(self, station: Path, split: str) -> tuple[Path, Seal]:
+        """Where the prepared volume of the patient in question lies, and the key it is sealed with."""
         cohort = Station(station).cohort(self.plans[0])
         (patient,) = (p for p in cohort.patients(split) if p.key == key_of(self._secret, self.patient[split]))
-        return cohort._folder / "volumes" / cohort._prepared[patient.studies[0]].entry
+        return cohort._folder / "volumes" / cohort._prepared[patient.studies[0]].entry, cohort._seal
 
 
 @pytest.fixture(scope="module")
@@ -207,27 +209,35 @@ def town(smoke_plan, hospitals, tmp_path_factory):
     )
 
 
-def spoilt(entry: Path, kind: str) -> None:
-    """Make trouble of a prepared volume."""
-    image, label = np.load(entry / "image.npy"), np.load(entry / "label.npy")
+def spoilt(entry: Path, seal: Seal, kind: str) -> None:
+    """Make trouble of a prepared volume, as somebody could who has the key."""
+    image, label = (np.asarray(SealedArray(entry / name, seal)) for name in (IMAGE, LABEL))
+
+    def put(name: str, values: np.ndarray) -> None:
+        write(entry / name, values, values.shape, seal)
+
     match kind:
         case "NaN pixels":
-            np.save(entry / "image.npy", np.full_like(image, np.nan))
+            put(IMAGE, np.full_like(image, np.nan))
         case "1000 times as bright":
-            np.save(entry / "image.npy", 1000 * image)
+            put(IMAGE, 1000 * image)
         case "unseen class":
-            np.save(entry / "label.npy", np.full_like(label, 77))
+            put(LABEL, np.full_like(label, 77))
         case "no label":
-            (entry / "label.npy").unlink()
+            (entry / LABEL).unlink()
         case "truncated file":
-            whole = (entry / "image.npy").read_bytes()
-            (entry / "image.npy").write_bytes(whole[: len(whole) // 2])
+            whole = (entry / IMAGE).read_bytes()
+            (entry / IMAGE).write_bytes(whole[: len(whole) // 2])
+        case "changed by somebody without the key":
+            whole = (entry / IMAGE).read_bytes()
+            start = 8 + int.from_bytes(whole[4:8], "big")
+            (entry / IMAGE).write_bytes(whole[:start] + bytes(byte ^ 1 for byte in whole[start:]))
         case "oversize":
             larger = np.zeros((1, 9, 200, 210), np.float32)
-            np.save(entry / "image.npy", larger + 1)
-            np.save(entry / "label.npy", np.zeros(larger.shape[1:], np.uint8))
+            put(IMAGE, larger + 1)
+            put(LABEL, np.zeros(larger.shape[1:], np.uint8))
         case "other channels":
-            np.save(entry / "image.npy", np.concatenate([image] * 3))
+            put(IMAGE, np.concatenate([image] * 3))
 
 
 KINDS = (
@@ -237,6 +247,7 @@ KINDS = (
     "unseen class",
     "no label",
     "truncated file",
+    "changed by somebody without the key",
     "oversize",
     "other channels",
 )
@@ -251,7 +262,7 @@ class TestTrainingPatient:
         Answers, refusals, notices, progress, sizes, audit and charges are byte-equal, and the sums differ by the clip.
         """
         along = town.station("along")
-        spoilt(town.entry(along, "train"), kind)
+        spoilt(*town.entry(along, "train"), kind)
         squares = compare(town.without("train"), along, town.plans[0])
 
         assert len(squares) == 3 + 3 + 2
@@ -264,7 +275,7 @@ class TestTrainingPatient:
         Proximal term, automatic clipping, 16 bits, an optimiser with a memory, weight decay, several views.
         """
         along = town.station("along", number)
-        spoilt(town.entry(along, "train"), "1000 times as bright")
+        spoilt(*town.entry(along, "train"), "1000 times as bright")
 
         assert any(compare(town.without("train", number), along, town.plans[number]))
 
@@ -309,7 +320,7 @@ class TestMeasuredPatient:
         One who is measured moves one sum of metrics by its clip at most, and nothing else; being the only one, too.
         """
         along = town.station("along")
-        spoilt(town.entry(along, split), kind)
+        spoilt(*town.entry(along, split), kind)
         squares = compare(town.without(split), along, town.plans[0])
 
         assert not any(squares[:place] + squares[place + 1 :])
@@ -321,14 +332,14 @@ def test_twins_that_differ_in_more_are_told_apart(town, monkeypatch):
     The comparison notices what it is there for: a patient clipped too late, and a number that leaves.
     """
     along = town.station("along")
-    spoilt(town.entry(along, "train"), "1000 times as bright")
+    spoilt(*town.entry(along, "train"), "1000 times as bright")
     town.without("train")
     with monkeypatch.context() as broken:
         broken.setattr("client.privacy.clipped", lambda gradient, mechanism, out=None: gradient.to(torch.float64))
         broken.setattr("client.privacy.on_grid", lambda scaled, m, seed, out=None: (scaled / m.grid).to(torch.int64))
         with pytest.raises(AssertionError):
             compare(town.without("train"), along, town.plans[0])
-    monkeypatch.setattr("client.station.noted", lambda folder, _: {"images": len(list(folder.rglob("image.npy")))})
+    monkeypatch.setattr("client.station.noted", lambda folder, _: {"images": len(list(folder.rglob("image.sealed")))})
     monkeypatch.setattr("client.station.Station._progress", lambda *_: None)
     with pytest.raises(AssertionError):
         compare(town.without("train"), town.station("along"), town.plans[0])

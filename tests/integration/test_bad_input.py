@@ -91,7 +91,8 @@ class TestNumberedErrors:
         [
             (('network = "unet"', 'network = "vnet"'), "P102", "vnet"),
             (("rounds = 2", "rounds = 0"), "P102", "rounds"),
-            (("[simulation]", '[adaptation]\nmethod = "dann"\n[simulation]'), "P104", "adaptation"),
+            (("[simulation]", "[secure_sum]\nthreshold = 0.67\n[simulation]"), "P104", "secure_sum"),
+            (("[simulation]", '[adaptation]\nmethod = "dann"\n[simulation]'), "P102", "method"),
             (("[simulation]", "[privacy]\nepsilon = 8.0\n[simulation]"), "P103", "batch_size"),
             (("patch = [64, 64]", "patch = [63, 64]"), "P103", "patch"),
             (('name = "smoke"', "name = smoke"), "P101", "line"),

@@ -593,3 +593,15 @@ class TestWords:
         monkeypatch.setattr(export_module, "_DEFINITIONS", {})
         monkeypatch.setattr(export_module, "_DESCRIBED_TASKS", ("segmentation",))
         assert code_of(lambda: export(releases["2-D"], tmp_path / "bundle")) == "P104"
+
+
+def test_network_trained_against_a_discriminator_is_exported_without_it(tmp_path):
+    """
+    A release holds all that was signed; what predicts is the plain network, in a bundle too.
+    """
+    plan = plan_of(adaptation={"adversarial": "scanner"})
+    release = publish(tmp_path / "releases", KEY, plan)
+
+    assert any(name.startswith("discriminator.") for name in release.weights())
+    assert type(release.network()) is type(task_for(plan_of()).build_network())
+    assert export_monai_bundle(release, tmp_path / "bundle") <= TOLERANCE

@@ -61,6 +61,7 @@ class TestState:
         assert_same(rounds_in(plan, tmp_path / "run").run(), expected)
         assert len({record.state_sha256 for record in expected.records}) == 4
 
+    @pytest.mark.parametrize("plan", ["scaffold"], indirect=True)
     def test_killed_anywhere_in_the_journal_it_ends_the_same(self, plan, tmp_path):
         """
         SIGKILL at steps throughout, then a new process: the same weights and the same state, bit for bit.

@@ -244,7 +244,7 @@ class TestHostileAnswers:
         assert decode_answer(answered_with(HEADER)).metrics == {"dice": 0.5}
 
 
-ASKED = {**asdict(QUESTION), "seed": 7}
+ASKED = {**asdict(QUESTION), "seed": 7, "adversary": 0.5}
 
 
 class TestHostileAsks:
@@ -259,6 +259,8 @@ class TestHostileAsks:
             pytest.param({**ASKED, "seed": 7.0}, id="a seed with a point"),
             pytest.param({**ASKED, "seed": None}, id="a seed that is nothing"),
             pytest.param({**ASKED, "seed": -1}, id="a negative seed"),
+            pytest.param({**ASKED, "adversary": 1.5}, id="more than all of an adversary"),
+            pytest.param({**ASKED, "adversary": "all"}, id="a share in words"),
             pytest.param({**ASKED, "round": 2**63}, id="a round that no database holds"),
             pytest.param({**ASKED, "round": True}, id="a round that is a truth value"),
             pytest.param({**ASKED, "round": -1}, id="a negative round"),
@@ -295,7 +297,9 @@ class TestHostileAsks:
         """
         The header that the cases above spoil is a good one.
         """
-        assert decode_ask(asked_with(ASKED)).question == QUESTION
+        ask = decode_ask(asked_with(ASKED))
+
+        assert (ask.question, ask.adversary) == (QUESTION, 0.5)
 
 
 class TestSending:

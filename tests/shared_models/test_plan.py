@@ -69,10 +69,25 @@ FULL: Tables = {
         "scanners": ["one", "two"],
         "prevalence": [0.5, 0.25],
         "label_skew": 0.5,
+        "confounding": [0.9, 0.1],
+        "size_skew": 2.0,
+        "unlabelled": ["two"],
+        "unseen": ["three", "four"],
+        "unseen_prevalence": [0.3],
+        "unseen_confounding": [0.2],
         "drop_out": 0.1,
         "delay_s": 2.0,
         "late_joiners": 1,
         "late_round": 3,
+    },
+    "adaptation": {
+        "appearance": True,
+        "adversarial": "scanner",
+        "strength": 0.7,
+        "conditional": True,
+        "gradient_ratio": 0.1,
+        "warm_up": 0.3,
+        "scanners": ["SIEMENS 3 T", "GE 1.5 T"],
     },
 }
 """A plan with every key that exists, none at its default."""
@@ -114,8 +129,10 @@ DESIGN_PRIVACY = {
 }
 """The table of the design's example."""
 
+DESIGN_ADAPTATION = {"appearance": True, "adversarial": "scanner", "strength": 0.3}
+"""The table of the design's example."""
+
 RESERVED = {
-    "adaptation": {"appearance": True, "adversarial": "scanner", "strength": 0.3},
     "secure_sum": {"threshold": 0.67},
 }
 """The tables of the design's example that this version does not implement."""
@@ -190,8 +207,13 @@ def keys_in(tables: Tables, above: Key = ()) -> list[Key]:
     return keys
 
 
-CLASSIFYING_KEYS = [("task", "label_attribute"), ("task", "sharpness"), ("training", "class_weights")]
-LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views")]
+CLASSIFYING_KEYS = [
+    ("task", "label_attribute"),
+    ("task", "sharpness"),
+    ("training", "class_weights"),
+    ("training", "balanced"),
+]
+LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views"), ("task", "dropout")]
 """Keys that mean nothing in segmentation, whose plan this is."""
 
 RECONSTRUCTING_KEYS = [
@@ -221,7 +243,7 @@ PRIVACY: Tables = {
 """Every key of ``[privacy]`` but epsilon, none at its default."""
 
 PRIVATE: Tables = {
-    **FULL,
+    **{table: keys for table, keys in FULL.items() if table != "adaptation"},
     "training": {k: v for k, v in FULL["training"].items() if k not in ("epochs", "batch_size")},
     "privacy": PRIVACY,
 }
@@ -258,7 +280,8 @@ class TestEveryKey:
 
         for key in LEAVES:
             given = key[:1] in LEAST_KEYS or key[:2] in LEAST_KEYS
-            assert given or value_at(full, key) != value_at(least, key), key
+            is_left_out = least[key[0]] is None
+            assert given or is_left_out or value_at(full, key) != value_at(least, key), key
 
     @pytest.mark.parametrize("key", KEYS, ids=key_id)
     def test_value_of_another_type_is_refused_with_key_value_and_remedy(self, key):
@@ -507,7 +530,7 @@ class TestContradictions:
             for name in table.__pydantic_decorators__.model_validators
         }
 
-        others = (*TestPrivacy.CASES, *TestClassification.CASES, *TestReconstruction.CASES)
+        others = (*TestPrivacy.CASES, *TestClassification.CASES, *TestAdaptation.CASES, *TestReconstruction.CASES)
         assert checks == {check for check, *_ in (*self.CASES, *others) if check}
 
     def test_patch_that_shrinks_to_one_voxel_is_refused(self):
@@ -654,6 +677,60 @@ class TestPrivacy:
         assert plan.model_copy(update={"privacy": changed}).sha256 != plan.sha256
 
 
+class TestAdaptation:
+    def test_design_example_tells_scanners_apart(self):
+        """
+        The table of the design is read, with the defaults of what it leaves out.
+        """
+        plan = Plan.from_toml(DESIGN_EXAMPLE + as_toml({"adaptation": DESIGN_ADAPTATION}))
+
+        assert plan.is_adversarial
+        assert plan.adaptation is not None
+        assert (plan.adaptation.strength, plan.adaptation.scanners) == (0.3, None)
+
+    CASES = (
+        ("_asks_for_something", {"adaptation": {}}, "adapts nothing"),
+        ("_asks_for_something", {"adaptation": {"appearance": False}}, "adapts nothing"),
+        ("_adversary", {"adaptation": {"appearance": True, "strength": 0.3}}, "strength without adversarial"),
+        ("_adversary", {"adaptation": {"appearance": True, "conditional": False}}, "conditional without adversarial"),
+        (
+            "_table_of_scanners",
+            {"adaptation": {"adversarial": "scanner", "scanners": ["Siemens", "Acme 3 T"]}},
+            "Acme 3 T",
+        ),
+        ("_adversary_of_patients", {"adaptation": DESIGN_ADAPTATION, "privacy": PRIVACY}, "unit"),
+    )
+
+    @pytest.mark.parametrize(("check", "tables", "word"), CASES)
+    def test_table_that_says_nothing_or_too_much_is_refused(self, check, tables, word):
+        """
+        A table without effect, a key that nothing would read, a maker that nobody knows, a bound for images.
+        """
+        error = refused({**LEAST, **tables})
+
+        assert error.code == "P103"
+        assert word in error.happened
+
+    def test_appearance_alone_is_one_plan_however_it_is_written(self):
+        """
+        Keys that only an adversary reads leave no trace in a plan without one.
+        """
+        plan = Plan.from_tables({**LEAST, "adaptation": {"appearance": True}})
+
+        assert "strength" not in plan.canonical_json()
+        assert Plan.from_tables(json.loads(plan.canonical_json())).sha256 == plan.sha256
+
+    def test_unlabelled_studies_take_part_without_privacy_alone(self):
+        """
+        Under privacy nothing is trained on a study without a reference.
+        """
+        open_ = Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION})
+        private = Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION, "privacy": DESIGN_PRIVACY})
+
+        assert open_.takes_unlabelled
+        assert not private.takes_unlabelled
+
+
 class TestNotYet:
     @pytest.mark.parametrize(
         ("table", "key"), [(t, k) for t, keys in RESERVED.items() for k in keys], ids=lambda part: part
@@ -786,6 +863,7 @@ class TestClassification:
         ("_keys_are_read", ("task", "residual_units"), 2, "remove residual_units"),
         ("_keys_are_read", ("training",), {"foreground": 0.5}, "remove foreground"),
         ("_weight_for_each_label", ("training",), {"class_weights": [1.0]}, "give 2 numbers"),
+        ("_balance_is_counted", ("training",), {"class_weights": [1.0, 2.0], "balanced": True}, "remove one"),
         ("_views_are_of_cubes", ("task", "views"), "orthogonal", "set dimensions = 3"),
     )
 
@@ -798,6 +876,14 @@ class TestClassification:
 
         assert error.code == "P103"
         assert named in error.remedies[0]
+
+    def test_balance_that_is_counted_is_refused_under_privacy(self):
+        """
+        How common a label is at a site is private; public weights are the way out.
+        """
+        tables = {**CLASSIFYING, "training": {"balanced": True}, "privacy": DESIGN_PRIVACY}
+
+        assert "class_weights" in refused(tables).remedies[0]
 
     @pytest.mark.parametrize("wrong", [["a"], [0.0, 1.0], ["1", "2"], 1.0])
     def test_weights_are_numbers_above_zero(self, wrong):
@@ -847,6 +933,7 @@ class TestReconstruction:
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 16.0]], "below 0.0625"),
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 4.0], ["a", 5.0]], "once"),
         ("_coils_fit_network", ("task", "network"), "varnet", "number of coils"),
+        ("_adapts_pictures", ("adaptation",), {"appearance": True}, "remove [adaptation]"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
@@ -911,3 +998,11 @@ class TestReconstruction:
         text = Plan.from_tables(FULL).canonical_json()
 
         assert not any(f'"{key}"' in text for _, key in RECONSTRUCTING_KEYS)
+
+
+def test_labels_are_named_in_full_where_none_is_the_background():
+    """
+    What a hospital reads of a plan leaves out the background of what is drawn, and no label of whole studies.
+    """
+    assert Plan.from_tables(FULL).task.named_labels == ("lesion",)
+    assert Plan.from_tables(CLASSIFYING).task.named_labels == tuple(CLASSIFYING["task"]["labels"])

@@ -67,3 +67,16 @@ class TestFirstWeights:
 
         with pytest.raises(FederadError, match=r"(?s)M210.*extra"):
             first_weights(begins_at(other), 0, model)
+
+    def test_model_begins_against_a_fresh_discriminator_and_ends_without_it(self, model):
+        """
+        A plan with an adversary can begin at a model that had none, and the other way round; predictions stay.
+        """
+        sha256 = hashlib.sha256(MODEL).hexdigest()
+        opposed = plan_of(strategy={"start": sha256}, adaptation={"adversarial": "scanner"})
+        begun = first_weights(opposed, 0, model)
+        model.write_bytes(encode(begun, "{}"))
+        back = first_weights(begins_at(model.read_bytes()), 0, model)
+
+        assert any(name.startswith("discriminator.") for name in begun)
+        assert weights_sha256(back) == weights_sha256(weights_for(PLAN, 7))

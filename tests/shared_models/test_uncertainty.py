@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import contracts
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from shared_models.networks import NETWORKS_FOR
+from shared_models.task import task_for
 from shared_models.uncertainty import (
     Reliability,
     disagreement,
@@ -112,6 +115,24 @@ class TestNoiseInTheData:
         )
 
         assert unsure < sure
+
+    @pytest.mark.parametrize(
+        "network", ["unet", "segresnet", "dynunet", "dual-path", "resnet", "scan-plane", "densenet"]
+    )
+    def test_networks_that_were_trained_with_dropout_differ_from_pass_to_pass(self, network):
+        """
+        What the plan's ``dropout`` built is found and switched on; a prediction as usual is always the same.
+        """
+        kind = "segmentation" if network in NETWORKS_FOR["segmentation"] else "classification"
+        task = task_for(contracts.example_plan(kind, network, task={"dropout": 0.5}))
+        image, _ = contracts.example_batch(task)
+        made = task.build_network().eval()
+        with dropping(made), torch.no_grad():
+            passes = [made(image) for _ in range(2)]
+
+        assert not torch.equal(*passes)
+        with torch.no_grad():
+            assert torch.equal(made(image), made(image))
 
     def test_dropout_is_on_inside_and_as_before_outside(self):
         """

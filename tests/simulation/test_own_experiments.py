@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from shared_models.plan import Plan
 from simulation.experiments import strategies, uncertainty
+from simulation.experiments.harness import run_experiment
+from simulation.run import Watcher
 
 
 class TestStrategies:
@@ -75,3 +78,57 @@ class TestUncertainty:
         claims = {c["id"]: c["value"] for c in table["claims"]}
 
         assert claims == pytest.approx({"ece_ratio": 0.5, "entropy_ratio": 1.5, "flag_auroc": 1.0})
+
+
+@pytest.mark.slow
+@pytest.mark.system
+class TestWhole:
+    def test_uncertainty_looks_at_what_a_run_left(self, smoke_plan, tmp_path):
+        """
+        On the smallest hospitals: snapshots and site models are found, an unseen hospital is made.
+        """
+        table = smoke_plan.simulation.model_copy(update={"scanners": uncertainty.SEEN})
+        plan = smoke_plan.model_copy(update={"rounds": 10, "simulation": table})
+        nothing = {"rows": [], "claims": []}
+        small = replace(uncertainty.UNCERTAINTY, arms=lambda *, quick: {"": plan}, evaluate=lambda _: nothing)
+        run_experiment(small, tmp_path, quick=True, workers=1, watcher=Watcher(), command="here")
+        after = json.loads((tmp_path / "seed-0" / "result.json").read_text())["after"]
+
+        assert after["ece"].keys() == set(uncertainty.WAYS)
+        assert all(0 <= value <= 1 for value in after["ece"].values())
+        assert {patient["group"] for patient in after["patients"]} == {"seen", "unseen"}
+
+    def test_strategies_end_in_a_table(self, tmp_path):
+        """
+        Every arm on small hospitals for two rounds: shared, personal, local and central figures for each.
+        """
+
+        def tiny(*, quick):
+            small = {"patients": 12, "slices": 1}
+            arms = strategies.arms(quick=True)
+            return {
+                name: plan.model_copy(
+                    update={
+                        "rounds": 2,
+                        "simulation": plan.simulation.model_copy(update={**small, "prevalence": (0.5,)}),
+                    }
+                )
+                for name, plan in arms.items()
+                if name in {"fedavg", "fedbn", "ditto"}
+            }
+
+        experiment = replace(
+            strategies.STRATEGIES_EXPERIMENT,
+            seeds=(0,),
+            arms=tiny,
+            evaluate=lambda results: {
+                "rows": [],
+                "claims": [],
+                "found": {name: [r["after"] for r in of] for name, of in results.items()},
+            },
+        )
+        found = run_experiment(experiment, tmp_path, quick=True, workers=1, watcher=Watcher(), command="here")["found"]
+
+        assert "personal_own" in found["ditto"][0]
+        assert "personal_own" in found["fedbn"][0]
+        assert "personal_own" not in found["fedavg"][0]

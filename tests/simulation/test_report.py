@@ -139,6 +139,13 @@ def a_private_result() -> dict:
     return result | {"privacy": dict.fromkeys(SITES, spent), "scanners_sha256": "ab12" * 16, "released": "last"}
 
 
+def a_result_by_scanner() -> dict:
+    """The same of a plan about scanners."""
+    unseen = {"unseen-1": {"scanner": "Hitachi Koharu 0.4 T", "dice": 0.4321}}
+    seen = {"SIEMENS Aldera 3 T": {"dice": 0.8772}}
+    return a_result() | {"scanners": {"seen": seen, "unseen": unseen, "leakage": {"accuracy": 0.912, "chance": 0.25}}}
+
+
 def an_unfinished_result(n_rounds: int, **ending: str) -> dict:
     """What a run writes that broke off after some rounds."""
     result = {**a_result(n_rounds), "test": None, "comparison": None, **ending}
@@ -388,6 +395,18 @@ class TestRunReport:
         assert rows[2] == ["model of site-2", "0.47", "0.75", "0.51", "0.66"]
         assert rows[-1] == ["shared model", "0.86", "0.82", "0.84", "0.79"]
 
+    def test_scanners_stand_apart_and_unseen_ones_are_called_so(self, tmp_path):
+        """
+        A plan about scanners has a line for each, and says how far its features betray them; others have no such table.
+        """
+        page = a_page(tmp_path, a_result_by_scanner())
+
+        assert all(
+            text in page.text
+            for text in ("SIEMENS Aldera 3 T", "0.877", "Hitachi Koharu 0.4 T", "never", "0.432", "0.912")
+        )
+        assert "Scanner by scanner" not in a_page(tmp_path, a_result()).text
+
     def test_plain_words_say_what_left_and_that_nothing_is_proven(self, tmp_path):
         """
         Without [privacy] the page says so, and does not suggest a guarantee.
@@ -475,6 +494,19 @@ class TestRunReport:
         assert "Test AUC" not in page.table("sites")[0]
         assert "test AUC" not in page.text
         assert "confusion" not in a_page(tmp_path, a_result()).tables
+
+    def test_volumes_stand_beside_the_reference(self, tmp_path):
+        """
+        Bias with its sign, limits, error and correlation of each label at each site that has them, in millilitres.
+        """
+        result = a_result()
+        result["labels"] = ["background", "lesion"]
+        agreed = {"bias": -1.25, "limits": 3.5, "error": 1.5, "ICC": 0.91}
+        result["test"]["per_site"]["site-2"] |= {f"volume {kind}: lesion": value for kind, value in agreed.items()}
+        page = a_page(tmp_path, result)
+
+        assert page.tables["volumes"][1:] == [["lesion", "site-2", "−1.25", "± 3.50", "1.50", "0.910"]]
+        assert "volumes" not in a_page(tmp_path, a_result()).tables
 
     def test_heat_lies_over_the_picture(self, tmp_path):
         """

@@ -17,6 +17,7 @@ import pytest
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.keys import key_of, split_of
+from client.data.sealed import SealedArray
 from client.data.skips import Reason
 from shared_models.errors import FederadError
 from shared_models.plan import Plan, SplitTable
@@ -163,16 +164,15 @@ class TestVolumes:
         np.testing.assert_array_equal(np.argwhere(volume.label), volume.foreground)
         assert [(int(v.min()), int(v.max())) for v in volume.foreground.T] == [(2, 4), (6, 9), (5, 11)]
 
-    def test_volume_is_a_memory_map_that_opens_in_under_two_milliseconds(self, hospital, build):
+    def test_volume_is_a_sealed_array_that_opens_in_under_two_milliseconds(self, hospital, build):
         """
-        Nothing is kept in memory, nothing can be changed; typical is a third of a millisecond.
+        Nothing is kept in memory, and what a crop gives is its own; typical is a third of a millisecond.
         """
         cohort = build(hospital)
         study = studies(cohort)[0]
 
         volume = cohort.volume(study)
-        assert isinstance(volume.image, np.memmap)
-        assert not volume.image.flags.writeable
+        assert isinstance(volume.image, SealedArray)
         assert (volume.image.dtype, volume.label.dtype, volume.foreground.dtype) == (np.float32, np.uint8, np.int32)
 
         seconds = []
@@ -280,11 +280,11 @@ class TestCache:
         changed = [s for s in studies(second) if not np.array_equal(second.volume(s).image, before[s])]
         assert len(changed) == 1
 
-    def test_cohort_is_the_same_when_opened_again(self, hospital, build, tmp_path):
+    def test_cohort_is_the_same_when_opened_again(self, hospital, build, tmp_path, secret):
         """
         What build returns is what open reads.
         """
-        built, opened = build(hospital), Cohort.open(tmp_path / "cohort")
+        built, opened = build(hospital), Cohort.open(tmp_path / "cohort", secret=secret)
 
         assert [built.patients(s) for s in SPLITS] == [opened.patients(s) for s in SPLITS]
         assert (built.skipped, built.scanners) == (opened.skipped, opened.scanners)
@@ -292,23 +292,23 @@ class TestCache:
         np.testing.assert_array_equal(opened.volume(study).label, built.volume(study).label)
         assert opened.volume(study).spacing_mm == built.volume(study).spacing_mm
 
-    def test_cohort_that_is_not_complete_is_not_opened(self, hospital, build, tmp_path):
+    def test_cohort_that_is_not_complete_is_not_opened(self, hospital, build, tmp_path, secret):
         """
         Missing, unreadable, or with a volume gone: C143, and building again repairs it.
         """
         with pytest.raises(FederadError, match="C143"):
-            Cohort.open(tmp_path / "cohort")
+            Cohort.open(tmp_path / "cohort", secret=secret)
         build(hospital)
         shutil.rmtree(next((tmp_path / "cohort" / "volumes").iterdir()))
         with pytest.raises(FederadError, match="lost 1 of its 3"):
-            Cohort.open(tmp_path / "cohort")
+            Cohort.open(tmp_path / "cohort", secret=secret)
         (tmp_path / "cohort" / "cohort.json").write_text("{")
         with pytest.raises(FederadError, match="C143"):
-            Cohort.open(tmp_path / "cohort")
+            Cohort.open(tmp_path / "cohort", secret=secret)
 
         build(hospital)
 
-        assert len(studies(Cohort.open(tmp_path / "cohort"))) == 3
+        assert len(studies(Cohort.open(tmp_path / "cohort", secret=secret))) == 3
 
     def test_entry_that_lost_bytes_is_prepared_again(self, hospital, build, tmp_path):
         """
@@ -316,7 +316,7 @@ class TestCache:
         """
         first = build(hospital)
         before = {study: np.array(first.volume(study).image) for study in studies(first)}
-        next((tmp_path / "cohort" / "volumes").iterdir()).joinpath("image.npy").write_bytes(b"")
+        next((tmp_path / "cohort" / "volumes").iterdir()).joinpath("image.sealed").write_bytes(b"")
 
         second = build(hospital)
 
@@ -339,17 +339,35 @@ class TestCache:
         ):
             assert cohort_key(other) != key
 
-    def test_two_builds_in_two_places_are_equal_byte_for_byte(self, hospital, tmp_path, secret, plan):
+    def test_two_builds_in_two_places_hold_the_same(self, hospital, tmp_path, secret, plan):
         """
-        Nothing but data, plan and secret decides.
+        Nothing but data, plan and secret decides on patients, names and values; sealed, they look different each time.
         """
-        for name in ("a", "b"):
-            catalogue = Catalogue.build(tmp_path / f"{name}.sqlite", hospital, secret=secret)
-            Cohort.build(tmp_path / name, catalogue, plan(), secret=secret)
+        a, b = (
+            Cohort.build(
+                tmp_path / name,
+                Catalogue.build(tmp_path / f"{name}.sqlite", hospital, secret=secret),
+                plan(),
+                secret=secret,
+            )
+            for name in ("a", "b")
+        )
 
         files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-        assert len(files) == 3 * 4 + 1
-        assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+        differing = [f for f in files if (tmp_path / "a" / f).read_bytes() != (tmp_path / "b" / f).read_bytes()]
+        assert len(files) == 3 * 4 + 2
+        assert {f.name for f in differing} == {
+            "salt",
+            "entry.json",
+            "image.sealed",
+            "label.sealed",
+            "foreground.sealed",
+        }
+        for study in studies(a):
+            one, other = a.volume(study), b.volume(study)
+            np.testing.assert_array_equal(one.image, other.image)
+            np.testing.assert_array_equal(one.label, other.label)
+            np.testing.assert_array_equal(one.foreground, other.foreground)
 
     def test_source_folder_is_only_read(self, hospital, build):
         """

@@ -20,9 +20,10 @@ from pydicom.uid import (
 )
 
 from client.data import dicom
-from client.data.preprocessing import straightened
+from client.data.preprocessing import on_patient_axes, on_scan_grid, straightened
 from client.data.scan import Scan
 from client.data.skips import Reason, UnusableError
+from shared_models.plan import DataTable
 
 VALUES = np.arange(4 * 6 * 8).reshape(4, 6, 8)
 
@@ -105,6 +106,21 @@ class TestVolumesOfOneSeries:
         np.testing.assert_allclose(needle.affine[:3, 2], [0, 0, 4], atol=1e-9)
         np.testing.assert_array_equal(np.argwhere(needle.image[0] > 450), [[k, 3, 4] for k in range(5)])
         np.testing.assert_allclose(needle.affine @ [4, 3, 2, 1], scan.affine @ [4, 3, 2, 1], atol=1e-9)
+
+    def test_what_is_found_in_a_tilted_series_comes_back_to_its_own_voxels(self):
+        """
+        A needle that straightening has put upright leans again where a prediction goes back to the scanner's slices.
+        """
+        values = np.zeros((1, 5, 9, 12), np.float32)
+        for k in range(5):
+            values[0, k, 5 - k, 4] = 1.0
+        affine = np.array([[1.0, 0, 0, 0], [0, 2, 2, 0], [0, 0, 4, 0], [0, 0, 0, 1]])
+        scan = Scan(values, affine)
+        volume = on_patient_axes(scan, DataTable(modality="MR", dimensions=3, patch=(8, 8, 8)))
+
+        back = on_scan_grid(volume.image, scan, volume.spacing_mm)
+
+        np.testing.assert_allclose(back, values, atol=1e-5)
 
     def test_straight_scan_passes_as_it_is(self):
         """

@@ -1,0 +1,245 @@
+"""Predictions as DICOM objects that refer to the images they were made from: segmentations and structured reports.
+
+Segmentation IOD (DICOM PS3.3, A.51) and measurement reports (PS3.16, TID 1500), written by highdicom. Labels are
+coded with SNOMED CT where this table or the code dictionary knows them, else with a code of our own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
+
+from client.findings import file_name
+
+if TYPE_CHECKING:
+    from client.inference import Case
+
+OWN_SCHEME = "99FEDERAD"
+"""Coding scheme of labels that no table here knows; 99 begins private schemes (PS3.16, 8)."""
+
+MAKER = "federad"
+PURPOSE = "research, not for clinical use"
+
+FINDINGS = {
+    "lesion": "Lesion",
+    "neoplasm": "Neoplasm",
+    "tumor": "Neoplasm",
+    "tumour": "Neoplasm",
+    "mass": "Mass",
+    "nodule": "Nodule",
+    "edema": "Edema",
+    "oedema": "Edema",
+    "necrosis": "Necrosis",
+    "hemorrhage": "Hemorrhage",
+    "haemorrhage": "Hemorrhage",
+    "cyst": "Cyst",
+    "pleural effusion": "PleuralEffusion",
+}
+"""Labels that are findings, and their keyword in the SNOMED CT dictionary of pydicom."""
+
+STRUCTURES = {
+    "brain": "Brain",
+    "white matter": "WhiteMatter",
+    "grey matter": "GrayMatter",
+    "gray matter": "GrayMatter",
+    "cerebrospinal fluid": "CerebrospinalFluid",
+    "csf": "CerebrospinalFluid",
+    "hippocampus": "Hippocampus",
+    "liver": "Liver",
+    "kidney": "Kidney",
+    "spleen": "Spleen",
+    "pancreas": "Pancreas",
+    "vessel": "BloodVessel",
+    "vessels": "BloodVessel",
+    "heart": "Heart",
+    "left ventricle": "LeftVentricle",
+    "right ventricle": "RightVentricle",
+    "lung": "Lung",
+    "prostate": "Prostate",
+    "aorta": "Aorta",
+    "retina": "Retina",
+    "bone": "Bone",
+    "breast": "Breast",
+}
+"""Labels that are parts of the body, likewise."""
+
+_TYPE_2 = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate"),
+    *("StudyTime", "ReferringPhysicianName"),
+)
+"""Attributes that every object has, if empty; archives hold objects that lack them."""
+
+
+def code_of(label: str) -> tuple[Code, Code, bool]:
+    """Category and type of a label, and whether the type is a standard code."""
+    name = label.strip().lower()
+    if name in FINDINGS:
+        return codes.SCT.MorphologicallyAbnormalStructure, getattr(codes.SCT, FINDINGS[name]), True
+    if name in STRUCTURES:
+        return codes.SCT.AnatomicalStructure, getattr(codes.SCT, STRUCTURES[name]), True
+    return codes.SCT.MorphologicallyAbnormalStructure, _own_code(label), False
+
+
+def segmentation(case: Case, labels: NDArray[np.uint8]) -> tuple[Dataset, list[str]]:
+    """A binary segmentation of the case's series, one segment for each label above 0.
+
+    Parameters
+    ----------
+    labels
+        Index into the plan's labels, ``(slice, row, column)`` on the scan's grid.
+
+    Returns
+    -------
+    tuple
+        The object, and the labels for which there was no standard code.
+    """
+    import highdicom
+
+    names = case.model.plan.task.labels
+    described, uncoded = [], []
+    for number, name in enumerate(names[1:], start=1):
+        category, kind, is_known = code_of(name)
+        uncoded += [] if is_known else [name]
+        described.append(
+            highdicom.seg.SegmentDescription(
+                segment_number=number,
+                segment_label=name[:64],
+                segmented_property_category=category,
+                segmented_property_type=kind,
+                algorithm_type=highdicom.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=_algorithm(case),
+            )
+        )
+    in_frames = np.empty_like(labels)
+    in_frames[list(case.frames)] = labels
+    written = highdicom.seg.Segmentation(
+        source_images=_sources(case),
+        pixel_array=np.stack([in_frames == number for number in range(1, len(names))], axis=-1).astype(np.uint8),
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=described,
+        series_number=9001,
+        content_label="FEDERAD",
+        content_description=PURPOSE,
+        omit_empty_frames=bool(labels.any()),
+        **_equipment(case),
+    )
+    written.SeriesDescription = _series_description(case)
+    return written, uncoded
+
+
+def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Dataset:
+    """A measurement report with the probability of each label, and the most probable as the finding.
+
+    Parameters
+    ----------
+    measures
+        For each label its ``label``, ``probability`` and whether it is the ``most_probable``.
+    """
+    from highdicom import sr
+
+    sources = _sources(case)
+    best = next(row["label"] for row in measures if row["most_probable"])
+    algorithm = sr.AlgorithmIdentification(
+        name=case.model.plan.name,
+        version=case.model.release.sha256[:12],
+        family=codes.DCM.ArtificialIntelligence,
+        parameters=[PURPOSE, f"release {case.model.release.sha256}", f"plan {case.model.plan.sha256}"],
+    )
+    group = sr.MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=sr.TrackingIdentifier(uid=generate_uid(), identifier=case.model.name),
+        algorithm_id=algorithm,
+        measurements=[
+            sr.Measurement(
+                name=_probability_code(row["label"]), value=round(row["probability"], 6), unit=codes.UCUM.NoUnits
+            )
+            for row in measures
+        ],
+        qualitative_evaluations=[
+            sr.QualitativeEvaluation(
+                name=Code("most-probable-label", OWN_SCHEME, "Most probable label"), value=code_of(best)[1]
+            )
+        ],
+        source_images=[sr.SourceImageForMeasurementGroup(one.SOPClassUID, one.SOPInstanceUID) for one in sources],
+    )
+    observer = sr.ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=sr.DeviceObserverIdentifyingAttributes(
+            uid=generate_uid(entropy_srcs=[case.model.release.sha256]), manufacturer_name=MAKER, name=case.model.name
+        ),
+    )
+    report = sr.MeasurementReport(
+        observation_context=sr.ObservationContext(observer_device_context=observer),
+        procedure_reported=Code("image-classification", OWN_SCHEME, "Classification of images by a learned model"),
+        imaging_measurements=[group],
+        title=codes.DCM.ImagingMeasurementReport,
+        referenced_images=sources,
+    )
+    equipment = _equipment(case)
+    written: Dataset = sr.ComprehensiveSR(
+        evidence=sources,
+        content=report[0],
+        series_number=9002,
+        series_instance_uid=equipment["series_instance_uid"],
+        sop_instance_uid=equipment["sop_instance_uid"],
+        instance_number=1,
+        manufacturer=MAKER,
+        is_complete=True,
+        is_final=False,
+    )
+    written.SeriesDescription = _series_description(case)
+    return written
+
+
+def _sources(case: Case) -> list[Dataset]:
+    """The headers, with what an object derived from them needs."""
+    frame = generate_uid()
+    for one in case.sources:
+        for keyword in _TYPE_2:
+            if keyword not in one:
+                setattr(one, keyword, "")
+        if not one.get("FrameOfReferenceUID"):
+            one.FrameOfReferenceUID = frame
+    return list(case.sources)
+
+
+def _algorithm(case: Case) -> Any:
+    import highdicom
+
+    return highdicom.AlgorithmIdentificationSequence(
+        name=case.model.plan.name,
+        family=codes.DCM.ArtificialIntelligence,
+        version=case.model.release.sha256[:12],
+        source=case.model.card.consortium[:64],
+    )
+
+
+def _equipment(case: Case) -> dict[str, Any]:
+    return {
+        "series_instance_uid": generate_uid(),
+        "sop_instance_uid": generate_uid(),
+        "instance_number": 1,
+        "manufacturer": MAKER,
+        "manufacturer_model_name": case.model.plan.name,
+        "software_versions": version("federad"),
+        "device_serial_number": case.model.release.sha256[:16],
+    }
+
+
+def _series_description(case: Case) -> str:
+    return f"{MAKER} {case.model.plan.name}"[: 64 - len(PURPOSE) - 2] + f": {PURPOSE}"
+
+
+def _own_code(label: str) -> Code:
+    return Code(file_name(label), OWN_SCHEME, label[:64])
+
+
+def _probability_code(label: str) -> Code:
+    return Code(f"probability-{file_name(label)}", OWN_SCHEME, f"Probability of {label}"[:64])

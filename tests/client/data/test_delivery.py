@@ -1,0 +1,185 @@
+"""Predictions go to the hospital's archive, when somebody asks for it and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pydicom
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from operators import free_port
+from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, SegmentationStorage
+from pynetdicom import AE, evt
+from releases import CONSORTIUM, plan_of, publish
+
+from client.delivery import deliver
+from client.folder import SiteFolder
+from client.inference import predict
+from client.plans import Plans
+from client.site import Pacs, SiteConfig
+from client.station import Station
+from shared_models.errors import FederadError
+from shared_models.signing import public_pem
+
+ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/bin")
+
+
+@contextmanager
+def archive(*, takes=SegmentationStorage, status: int = 0x0000, title: str = "PACS"):
+    """A storage service of pynetdicom's own; gives how it is reached, and what it has taken."""
+    taken: list[pydicom.Dataset] = []
+
+    def store(event: evt.Event) -> int:
+        taken.append(event.dataset)
+        return status
+
+    entity = AE(ae_title=title)
+    entity.require_called_aet = True
+    entity.add_supported_context(takes, ExplicitVRLittleEndian)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try:
+        port = server.socket.getsockname()[1]
+        yield Pacs(host="127.0.0.1", port=port, ae_title=title), taken
+    finally:
+        server.shutdown()
+
+
+def segmentation(folder: Path, write_series, write_seg) -> Path:
+    series = write_series(folder, np.ones((2, 8, 8), int))
+    return write_seg(series, {"lesion": np.ones((2, 8, 8), bool)})
+
+
+def refused(work) -> str:
+    with pytest.raises(FederadError) as caught:
+        work()
+    assert caught.value.code == "C126"
+    assert caught.value.remedies
+    return caught.value.happened
+
+
+class TestStore:
+    def test_object_arrives_as_it_was_written(self, tmp_path, write_series, write_seg):
+        """
+        Every attribute of it.
+        """
+        seg = segmentation(tmp_path, write_series, write_seg)
+        with archive() as (pacs, taken):
+            assert deliver([seg], pacs) == 1
+
+        assert taken == [pydicom.dcmread(seg)]
+
+    def test_archive_that_does_not_take_it_is_named(self, tmp_path, write_series, write_seg):
+        """
+        Nobody there, another title, another kind of object, a failure while storing: C126 and why; a warning is none.
+        """
+        seg = segmentation(tmp_path, write_series, write_seg)
+        with archive() as (pacs, _):
+            assert "refused to talk" in refused(lambda: deliver([seg], pacs.model_copy(update={"ae_title": "OTHER"})))
+        assert "cannot be reached" in refused(lambda: deliver([seg], pacs))
+        with archive(takes=MRImageStorage) as (pacs, _):
+            assert "takes no objects" in refused(lambda: deliver([seg], pacs))
+        with archive(status=0xA700) as (pacs, _):
+            assert "0xA700" in refused(lambda: deliver([seg], pacs))
+        with archive(status=0xB000) as (pacs, _):
+            assert deliver([seg], pacs) == 1
+        web = Pacs(dicomweb=f"http://127.0.0.1:{free_port()}/dicom-web")
+        assert "did not take the objects" in refused(lambda: deliver([seg], web))
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        "text", ["", 'host = "a"\ndicomweb = "https://a/b"', 'host = "a b"', 'dicomweb = "ftp://a"']
+    )
+    def test_archive_that_is_none_is_refused(self, tmp_path, text):
+        """
+        Neither or both ways, or an address that is none: C146.
+        """
+        (tmp_path / "site.toml").write_text(f'name = "a"\ndata = "/data"\n[pacs]\n{text}\n')
+
+        with pytest.raises(FederadError, match="C146"):
+            SiteConfig.load(tmp_path)
+
+    def test_nothing_is_sent_where_no_archive_is_named(self, tmp_path):
+        """
+        Asked to send, a site without [pacs] says so before it predicts.
+        """
+        folder = SiteFolder(tmp_path / "site")
+        folder.make()
+        Station.create(folder.station, SiteConfig(name="site-a", data=str(tmp_path)))
+
+        with pytest.raises(FederadError, match="names no archive"):
+            predict(folder, "f00", tmp_path, tmp_path / "out", send=True)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(ORTHANC is None, reason="Orthanc is not installed: apt-get install orthanc orthanc-dicomweb")
+class TestOrthanc:
+    @pytest.fixture(scope="class")
+    def server(self, tmp_path_factory):
+        """Orthanc as Debian packages it, with its DICOMweb plugin: the address of its REST service and its DICOM port."""
+        folder = tmp_path_factory.mktemp("orthanc")
+        http, dicom = free_port(), free_port()
+        configuration = {
+            "StorageDirectory": str(folder / "storage"),
+            "HttpPort": http,
+            "DicomPort": dicom,
+            "DicomAet": "ORTHANC",
+            "DicomCheckCalledAet": True,
+            "AuthenticationEnabled": False,
+            "Plugins": [str(p) for p in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
+            "DicomWeb": {"Enable": True},
+        }
+        (folder / "orthanc.json").write_text(json.dumps(configuration))
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([ORTHANC, folder / "orthanc.json"], stdout=log, stderr=log, cwd=folder)
+        try:
+            for _ in range(150):
+                time.sleep(0.2)
+                try:
+                    urlopen(f"http://127.0.0.1:{http}/system").close()
+                    break
+                except OSError:
+                    assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            yield f"http://127.0.0.1:{http}", dicom
+        finally:
+            process.terminate()
+            process.wait(30)
+
+    @pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
+    def test_prediction_is_found_in_the_archive_beside_its_images(self, server, way, write_series, tmp_path):
+        """
+        Images and segmentation form one study there, and the segmentation comes back as it was written.
+        """
+        address, port = server
+        pacs = Pacs(host="127.0.0.1", port=port, ae_title="ORTHANC")
+        if way == "STOW-RS":
+            pacs = Pacs(dicomweb=f"{address}/dicom-web")
+        key, folder = Ed25519PrivateKey.generate(), SiteFolder(tmp_path / "site")
+        folder.make()
+        Station.create(folder.station, SiteConfig(name="site-a", data=str(tmp_path), device="cpu", pacs=pacs))
+        Plans(folder.station).trust(CONSORTIUM, public_pem(key.public_key()))
+        series = write_series(tmp_path / "study", np.random.default_rng(0).integers(100, 1000, (3, 20, 24)))
+        deliver(series.files, pacs)
+
+        made = predict(
+            folder, publish(folder.releases, key, plan_of()).sha256, series.folder, tmp_path / "out", send=True
+        )
+
+        assert made.summary["sent"] == 1
+        written = pydicom.dcmread(made.folder / "segmentation.dcm")
+        found = {}
+        for instance in json.load(urlopen(f"{address}/instances?expand")):
+            file = tmp_path / instance["ID"]
+            file.write_bytes(urlopen(f"{address}/instances/{instance['ID']}/file").read())
+            one = pydicom.dcmread(file)
+            if one.StudyInstanceUID == written.StudyInstanceUID:
+                found[one.SOPInstanceUID] = one
+        assert len(found) == 3 + 1
+        assert found[written.SOPInstanceUID] == written

@@ -1,0 +1,128 @@
+"""From emulated hospitals to stations: who joins without references, and who must not adapt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from client.site import SiteConfig
+from client.station import Station
+from shared_models.errors import FederadError
+from shared_models.plan import Plan
+from simulation.by_scanner import measure_scanners
+from simulation.consortium import emulate
+from simulation.run import Request, require_scanners
+from simulation.stations import SiteFolder, cohort_of, prepare_stations
+
+PAIR = "siemens-t1gd-3t+ge-t2-1.5t"
+ADVERSARY = {"adversarial": "scanner", "warm_up": 0.0}
+PRIVACY = {"noise_multiplier": 1.0, "patients_per_step": 2, "steps_per_round": 1}
+
+
+def plan_with(scanners: list[str], **tables: dict) -> Plan:
+    return Plan.from_tables(
+        {
+            "name": "small",
+            "rounds": 1,
+            "task": {"kind": "segmentation", "labels": ["background", "lesion"], "network": "unet", "channels": [4, 8]},
+            "data": {
+                "modality": "MR",
+                "dimensions": 2,
+                "spacing_mm": [4.0, 4.0],
+                "patch": [16, 16],
+                "split": {"train": 0.5, "validation": 0.1, "test": 0.4},
+            },
+            "strategy": {"minimum_sites": 1, "release": "last"},
+            "simulation": {"patients": 8, "slices": 1, "scanners": scanners, "unlabelled": ["ge-t2-1.5t"]},
+            **tables,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> SiteFolder:
+    """A hospital with two scanners, one of whose studies nobody has outlined."""
+    folder = tmp_path_factory.mktemp("lab")
+    (hospital,) = emulate(plan_with([PAIR]), n_sites=1, folder=folder / "hospitals", seed=0)
+    return SiteFolder("site-1", hospital.folder, folder / "stations" / "site-1")
+
+
+def prepared(plan: Plan, site: SiteFolder) -> SiteFolder:
+    prepare_stations(plan, [site], seed=0, workers=1, on_site=lambda _: None)
+    return site
+
+
+class TestUnlabelled:
+    def test_study_without_reference_trains_where_a_discriminator_does(self, site):
+        """
+        It is a training study of its scanner then, and nowhere else is anything measured on one.
+        """
+        plain, adversarial = plan_with([PAIR]), plan_with([PAIR], adaptation=ADVERSARY)
+        labelled = cohort_of(prepared(plain, site), plain)
+        everybody = cohort_of(prepared(adversarial, site), adversarial)
+
+        assert labelled.scanners == ("SIEMENS MAGNETOM Aldera 3 T",)
+        assert len(everybody.scanners) == 2
+        assert len(everybody.patients("train")) > len(labelled.patients("train"))
+        for split in ("validation", "test"):
+            assert everybody.patients(split) == labelled.patients(split)
+        unlabelled = {s for p in everybody.patients("train") for s in p.studies if everybody.is_unlabelled(s)}
+        assert {everybody.scanner(study) for study in unlabelled} == {"GE MEDICAL SYSTEMS SIGNA Vesper 1.5 T"}
+        assert all(everybody.volume(study).label is None for study in unlabelled)
+
+    def test_privacy_leaves_studies_without_reference_out(self, site):
+        """
+        Nothing but other patients would bound their reversed gradient.
+        """
+        plan = plan_with([PAIR], adaptation=ADVERSARY, privacy=PRIVACY)
+
+        assert cohort_of(prepared(plan, site), plan).scanners == ("SIEMENS MAGNETOM Aldera 3 T",)
+
+    def test_seen_scanners_are_measured_each(self, site):
+        """
+        The table of scanners has test patients' metrics by scanner; with one scanner there is no leak to probe.
+        """
+        from shared_models.task import task_for
+        from shared_models.weights import initial_weights
+
+        plan = plan_with([PAIR], adaptation=ADVERSARY)
+        prepared(plan, site)
+        weights = initial_weights(task_for(plan).build_network, 0)
+        found = measure_scanners(plan, weights, [site], [])
+
+        assert list(found["seen"]) == ["SIEMENS MAGNETOM Aldera 3 T"]
+        assert found["seen_mean"]["dice"] >= 0
+        assert (found["unseen"], found["leakage"]) == ({}, None)
+
+
+class TestRefused:
+    def test_run_in_which_no_site_tells_scanners_apart_is_refused(self, site, tmp_path):
+        """
+        R112: the plan would run without what it says.
+        """
+        alone = plan_with([PAIR], adaptation={**ADVERSARY, "scanners": ["ZEISS", "NIDEK"]})
+        apart = plan_with([PAIR], adaptation=ADVERSARY)
+        prepared(apart, site)
+
+        with pytest.raises(FederadError, match="R112"):
+            require_scanners(Request(alone, tmp_path), [site])
+        require_scanners(Request(apart, tmp_path), [site])
+
+    def test_hospital_that_declares_no_scanner_approves_no_private_adversary(self, site, tmp_path):
+        """
+        C111: whether it has several must follow from what somebody typed; once typed, it is not the obstacle.
+        """
+        plan = plan_with([PAIR], adaptation=ADVERSARY, privacy=PRIVACY)
+        config = {"name": "site-1", "data": str(site.data)}
+        silent = Station.create(tmp_path / "silent", SiteConfig.model_validate_json(json.dumps(config)))
+        declared = Station.create(
+            tmp_path / "declared",
+            SiteConfig.model_validate_json(json.dumps({**config, "scanners": ["SIEMENS 3 T", "GE 1.5 T"]})),
+        )
+
+        with pytest.raises(FederadError, match="C111"):
+            silent.approve(plan, declared_size=10)
+        with pytest.raises(FederadError) as error:
+            declared.approve(plan, declared_size=10)
+        assert error.value.code != "C111"
