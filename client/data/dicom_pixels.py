@@ -5,6 +5,7 @@ Compressed pixels go to the decoder that was fastest on them when measured (docs
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +15,10 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom import Dataset, uid
+from pydicom.dataelem import RawDataElement
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
 from client.data.dicom_files import (
@@ -23,11 +26,13 @@ from client.data.dicom_files import (
     LABEL_MAP,
     LAYOUT,
     Facts,
+    Opened,
     check_size,
     floats,
     group,
     inflated,
     is_colour,
+    is_squeezed,
     number,
     opened,
     syntax_of,
@@ -61,9 +66,9 @@ _PLUGINS = {
 def pixels(path: Path, share: Share) -> Facts:
     """All frames of an image as they are stored, decoded: ``(frame, row, column)``, colour with a last axis of three."""
     with unusable(Reason.PIXELS):
-        file = opened(path, LAYOUT)
+        file = opened(path, _FOR_PIXELS)
         check_size(file)
-        image, syntax = _whole(path)
+        image, syntax = _with_frames(path, file)
         rows, columns, frames = int(image.Rows), int(image.Columns), max(int(image.get("NumberOfFrames") or 1), 1)
         shape = (frames, rows, columns, *((3,) if is_colour(image) else ()))
         into = share(shape, _stored_dtype(image))
@@ -72,6 +77,32 @@ def pixels(path: Path, share: Share) -> Facts:
         if k + 1 != frames:
             raise UnusableError(Reason.DAMAGED)
     return {}
+
+
+_FOR_PIXELS = [
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated", "BitsStored", "HighBit"),
+    *("PixelRepresentation", "PhotometricInterpretation", "PlanarConfiguration", "ModalityLUTSequence", "SOPClassUID"),
+]
+"""What a decoder asks of a header."""
+
+
+def _with_frames(path: Path, file: Opened) -> tuple[Dataset, UID]:
+    """The header as it is, with its compressed frames behind it; whatever is less ordinary is parsed as a whole."""
+    header = file.header
+    is_plain = not header.get("ModalityLUTSequence") and header.get("PhotometricInterpretation") != "PALETTE COLOR"
+    if not (is_plain and is_squeezed(file.syntax) and file.syntax != DEFLATED_FRAMES and not file.is_implicit):
+        return _whole(path)
+    with path.open("rb") as stream:
+        stream.seek(-file.after, os.SEEK_END)
+        element = stream.read()
+    if element[:12] != _ENCAPSULATED:
+        return _whole(path)
+    tag = BaseTag(0x7FE00010)
+    header[tag] = RawDataElement(tag, "OB", 0xFFFFFFFF, element[12:], 0, False, True)
+    return header, file.syntax
+
+
+_ENCAPSULATED = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
 
 
 def _whole(path: Path) -> tuple[Dataset, UID]:
