@@ -182,7 +182,7 @@ class TestWipe:
         gone = station.wipe(smoke_plan)
 
         missing = {path: size for path, size in before.items() if not path.exists()}
-        about = {"cohorts", "answers", "layouts", "own", "catalogue.sqlite"}
+        about = {"cohorts", "answers", "layouts", "own", "catalogue.sqlite", "catalogue.sqlite.seen"}
         assert sum(one.files for one in gone) == len([p for p in missing if about & set(p.parts)])
         assert sum(one.n_bytes for one in gone) == sum(size for p, size in missing.items() if about & set(p.parts))
         assert all(one.files > 0 for one in gone if "for itself" not in one.what)
