@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 
 from shared_models.configuration import divisors
 from shared_models.errors import FederadError
-from shared_models.networks import NETWORKS, NETWORKS_FOR, NETWORKS_FOR_ANY_SIZE, WITH_NORMS
+from shared_models.networks import NETWORKS, NETWORKS_FOR, NETWORKS_FOR_ANY_SIZE, NOT_BY_IMAGE, WITH_NORMS
 from shared_models.registry import one_of
 from shared_models.scanners import MAKERS, OTHER, parse_scanner
 from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, TASKS
@@ -702,6 +702,17 @@ class Plan(_Table):
                 f'a table [adaptation] with kind = "{self.task.kind}"',
                 "What is varied and what a discriminator reads are pictures, and this task begins at k-space.",
                 "remove [adaptation]",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _network_by_image(self) -> Self:
+        if self.privacy is not None and self.privacy.unit == "image" and self.task.network in NOT_BY_IMAGE:
+            raise _ContradictionError(
+                "task.network",
+                f'network = "{self.task.network}" with unit = "image" under [privacy]',
+                "It adds in place what Opacus must see, and nothing else takes its gradient apart into images.",
+                'set unit = "patient" under [privacy], or choose another network',
             )
         return self
 

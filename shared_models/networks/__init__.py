@@ -44,6 +44,9 @@ WITH_NORMS = frozenset(
 )
 """Networks with normalisation layers that learn, which a strategy may leave at the sites."""
 
+NOT_BY_IMAGE = frozenset({"segresnet", "dynunet"})
+"""Networks that add in place what Opacus has hooked, so it cannot take their gradient apart into images."""
+
 
 def build(plan: Plan) -> nn.Module:
     """The network that a plan names, freshly initialised, with a discriminator where the plan asks for an adversary.

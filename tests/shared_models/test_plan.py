@@ -360,7 +360,7 @@ class TestEveryKey:
             (("task", "labels"), ["background"]),
             (("task", "channels"), [16]),
             (("data", "dimensions"), 4),
-            (("data", "modality"), "CT"),
+            (("data", "modality"), "US"),
             (("data", "spacing_mm"), [0.0, 1.0]),
             (("data", "split", "train"), 0.0),
             (("training", "learning_rate"), 0.0),
@@ -549,6 +549,7 @@ class TestPrivacy:
         ("_bound_of_images", ("privacy", "unit"), "patient", "privacy.images_per_patient"),
         ("_noise_of_metrics", ("privacy", "metrics_every"), 0, "privacy.metrics_noise"),
         ("_private_release", ("strategy",), {"release": "best"}, "strategy.release"),
+        ("_network_by_image", ("task", "network"), "dynunet", "task.network"),
         ("", ("training", "epochs"), 1, "training.epochs"),
         ("", ("training", "batch_size"), 8, "training.batch_size"),
     )
