@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -201,7 +202,7 @@ class TestSteps:
         Three steps of FedProx agree with equation 2 of its paper (arXiv:1812.06127).
         """
         plan = whole_volume_plan(epochs=3)
-        table = {**plan.model_dump(mode="json", exclude_none=True), "strategy": {"name": "fedprox", "proximal_mu": 2.0}}
+        table = {**json.loads(plan.canonical_json()), "strategy": {"name": "fedprox", "proximal_mu": 2.0}}
 
         self.assert_as_by_hand(Plan.from_tables(table), 3, mu=2.0)
 
@@ -374,7 +375,7 @@ class TestMeasure:
         measured = Trainer(plan, "cpu").measure(start_of(plan), cohort_of(plan), "validation")
 
         assert list(measured) == ["p0", "p1"]
-        assert all(set(metrics) == set(task_for(plan).metrics) for metrics in measured.values())
+        assert all(set(metrics) >= set(task_for(plan).metrics) for metrics in measured.values())
 
     def test_studies_of_a_patient_are_averaged_first(self):
         """
