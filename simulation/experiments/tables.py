@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "demo": run_table,
     "classification-real": experiment_table,
     "federated-vs-central": experiment_table,
+    "privacy-utility": experiment_table,
     "retina-vessels": run_table,
     "bench": bench_table,
 }
