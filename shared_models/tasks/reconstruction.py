@@ -80,8 +80,6 @@ class Reconstruction(Task):
         "magnitude_psnr": (0.0, 60.0),
         "ssim": (0.0, 1.0),
         "nmse": (0.0, 1.0),
-        "zero_filled_psnr": (0.0, 60.0),
-        "zero_filled_ssim": (0.0, 1.0),
     }
 
     def __init__(self, plan: Plan) -> None:
