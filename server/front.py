@@ -231,6 +231,7 @@ class Front:
             log_file=self._folder / "logs" / "nginx.log",
             stop_signal=signal.SIGTERM,
             orphan_signal=signal.SIGTERM,  # so that it ends its workers too
+            leftover_signal=signal.SIGQUIT,  # workers answer what they were asked, and take nothing new
         )
 
     def is_healthy(self) -> bool:

@@ -61,6 +61,8 @@ class Child:
         What ends it in good order.
     orphan_signal
         What it gets when its supervisor dies.
+    leftover_signal
+        What the processes that it has started get when it has died, until it is started again; then they are killed.
     outlived
         Whether what it has started may go on when it is started again; :meth:`stop` ends that, too.
     """
@@ -74,12 +76,14 @@ class Child:
         env: Mapping[str, str] | None = None,
         stop_signal: signal.Signals = signal.SIGTERM,
         orphan_signal: signal.Signals = signal.SIGKILL,
+        leftover_signal: signal.Signals = signal.SIGKILL,
         outlived: bool = False,
     ) -> None:
         self.name = name
         self.log_file = log_file
         self._command, self._env, self._stop_signal = list(command), dict(env or environment()), stop_signal
         self._guard, self._outlived = _ends_with_parent(orphan_signal), outlived
+        self._leftover_signal = leftover_signal
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0
         self._pause_s = FIRST_PAUSE_S
@@ -119,8 +123,8 @@ class Child:
             return False
         now = time.monotonic()
         if not self._next:
-            if not self._outlived:
-                _end_group(self._process.pid)
+            if not self._outlived:  # first in good order, so that nothing is lost that is on its way through it
+                _end_group(self._process.pid, self._leftover_signal)
             steady = now - self._began >= STEADY_S
             self._pause_s = FIRST_PAUSE_S if steady else min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._next = now + self._pause_s
@@ -128,6 +132,8 @@ class Child:
         if now < self._next:
             return False
         self._next = 0.0
+        if not self._outlived:
+            _end_group(self._process.pid, signal.SIGKILL)
         self.start()
         return True
 
@@ -145,7 +151,7 @@ class Child:
             process.send_signal(self._stop_signal)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(grace_s)
-        _end_group(process.pid)
+        _end_group(process.pid, signal.SIGKILL)
         process.wait()
 
     def last_words(self, n_lines: int = 3) -> str:
@@ -169,10 +175,10 @@ def wait_until(is_ready: Callable[[], bool], timeout_s: float, *, unless: Callab
     return False
 
 
-def _end_group(leader: int) -> None:
-    """End what a process has started and left behind: it leads a group of its own."""
+def _end_group(leader: int, number: signal.Signals) -> None:
+    """Send a signal to what a process has started and left behind: it leads a group of its own."""
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(leader, number)
 
 
 def _ends_with_parent(number: signal.Signals) -> list[str]:
