@@ -306,7 +306,7 @@ def baselines(
     return sorted(rows, key=lambda row: order.index(row.method))
 
 
-def classical_rows(plan: Plan, sites: Sequence[SiteFolder]) -> list[Row]:
+def classical_rows(plan: Plan, sites: Sequence[SiteFolder], *, on_done: Callable[[str], None]) -> list[Row]:
     """The task's methods that learn nothing, on every site's test patients; none where the task has none."""
     task = resident_trainer(plan, DEVICE).task
     per_method: dict[str, dict[str, dict[str, float]]] = {}
@@ -322,6 +322,7 @@ def classical_rows(plan: Plan, sites: Sequence[SiteFolder]) -> list[Row]:
                 measured.setdefault(name, []).append(mean_metrics(studies))
         for name, patients in measured.items():
             per_method.setdefault(name, {})[site.name] = task.summary(patients)
+        on_done(site.name)
     return [Row(name, per_site) for name, per_site in per_method.items()]
 
 

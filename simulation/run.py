@@ -33,7 +33,7 @@ from shared_models.adaptation import UNKNOWN
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.scanners import ScannerTable
-from shared_models.task import mean_metrics, task_for
+from shared_models.task import Task, mean_metrics, task_for
 from shared_models.weights import encode
 from simulation.baselines import (
     Row,
@@ -447,9 +447,12 @@ def describe_row(row: Row, metric: str) -> dict[str, Any]:
 
 def learn_nothing(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[dict[str, Any]]:
     """The task's methods without a network, on every site's test patients; empty where it has none."""
+    task = task_for(request.plan)
+    if type(task).classical is Task.classical:
+        return []
     watcher.stage("methods without learning", len(sites))
-    metric = task_for(request.plan).headline
-    return [describe_row(row, metric) for row in classical_rows(request.plan, sites)]
+    rows = classical_rows(request.plan, sites, on_done=lambda name: watcher.step(detail=name))
+    return [describe_row(row, task.headline) for row in rows]
 
 
 def find_stability(request: Request, sites: list[SiteFolder], outcome: Outcome) -> dict[str, dict[str, float]]:
