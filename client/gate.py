@@ -85,6 +85,7 @@ class Gate:
             ``[privacy]``.
         """
         values: dict[str, dict[str, Any]] = {}
+        norms: dict[str, float] = {}
         for release in releases:
             if release.kind not in get_args(Kind) or release.kind in values:
                 raise _not_released(f"a release of kind {release.kind!r}, which is unknown or came twice")
@@ -95,7 +96,8 @@ class Gate:
                 if rule == "forbidden" or (rule == "noised" and not release.is_noised):
                     continue
             values[release.kind] = {name: _EXACT[release.kind](value) for name, value in release.value.items()}
-            if not all(np.isfinite(value).all() for value in values[release.kind].values()):
+            norms[release.kind] = _norm(values[release.kind])
+            if not math.isfinite(norms[release.kind]):
                 raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
         answer = Answer(
             site=self.site,
@@ -105,7 +107,7 @@ class Gate:
             counts=values.get("count", {}),
             cost=values.get("cost", {}),
         )
-        return Passed(encode_answer(answer), {kind: _manifest(kind, named) for kind, named in values.items()})
+        return Passed(encode_answer(answer), {kind: _manifest(kind, named, norms[kind]) for kind, named in values.items()})
 
     def refuse(self, question: Question | None, refusal: Refusal) -> bytes:
         """The bytes that say no, with a reason from the closed list and nothing else.
@@ -155,10 +157,15 @@ class Gate:
         raise _not_released(f"a notice of kind {release.kind!r}, which is unknown or holds something else than it may")
 
 
-def _manifest(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def _norm(values: Mapping[str, Any]) -> float:
+    """L2 norm over all values together; not finite if any of them is not, or beyond the range of float32."""
+    return math.hypot(*(float(np.linalg.norm(value)) for value in values.values()))
+
+
+def _manifest(kind: str, values: Mapping[str, Any], norm: float) -> dict[str, Any]:
     if kind == "update":
         shapes = {name: list(array.shape) for name, array in values.items()}
-        return {"shapes": shapes, "norm": math.hypot(*(float(np.linalg.norm(array)) for array in values.values()))}
+        return {"shapes": shapes, "norm": norm}
     return {"values": dict(values)} if kind == "cost" else {"names": sorted(values)}
 
 

@@ -111,6 +111,17 @@ class Reservation:
 
 
 @dataclass(frozen=True)
+class Known:
+    """What the ledger knows of a question."""
+
+    answer: bytes | None
+    """The stored answer; None if the question is new."""
+
+    agreement: Agreement | None
+    """What its plan was found to cost when it was last approved; None if it never was."""
+
+
+@dataclass(frozen=True)
 class Spent:
     """Everything that was charged here."""
 
@@ -292,8 +303,8 @@ class Ledger:
         with self._opened() as book:
             return _agreement(book.entries, plan_sha256)
 
-    def find(self, question: Question) -> bytes | None:
-        """The stored answer, or None if the question is new.
+    def look_up(self, question: Question) -> Known:
+        """What is written down of a question.
 
         Raises
         ------
@@ -310,7 +321,7 @@ class Ledger:
                 _require_new(book.entries, question)
             elif hashlib.sha256(answer).hexdigest() not in _answers_to(book.entries, question):
                 raise AnsweredBeforeError
-            return answer
+            return Known(answer, _agreement(book.entries, question.plan_sha256))
 
     def reserve(
         self, question: Question, *, cohort: str, events: Sequence[Event], whole_run: Sequence[Event], caps: Caps

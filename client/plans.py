@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -108,7 +109,7 @@ class Plans:
         known = {file.stem: file for file in self._approved.glob("*.json")}
         if sha256 not in known:
             return None
-        plan = Plan.model_validate_json(known[sha256].read_text(encoding="utf-8"))
+        plan = _plan_of(known[sha256].read_text(encoding="utf-8"))
         return plan if plan.sha256 == sha256 else None
 
     def all_approved(self) -> list[Plan]:
@@ -189,6 +190,12 @@ class Plans:
         if plan.canonical_json() != signed.plan:
             raise _not_taken("it reads differently in this version of federad, so that its hash is another")
         return signed
+
+
+@lru_cache(maxsize=8)
+def _plan_of(text: str) -> Plan:
+    """A plan from its canonical JSON; each question of a run names the same one."""
+    return Plan.model_validate_json(text)
 
 
 def _read(file: Path) -> bytes | None:

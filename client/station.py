@@ -377,12 +377,12 @@ class Station:
             with self._alone():
                 ledger = self.ledger()
                 with _in_a_word():
-                    stored = ledger.find(question)
-                if stored is not None:
+                    known = ledger.look_up(question)
+                if (stored := known.answer) is not None:
                     self._audit_answer(question, len(stored), hashlib.sha256(stored).hexdigest(), again=True)
                     return stored
                 self.busy_with = question
-                return self._new_answer(ask, ledger)
+                return self._new_answer(ask, ledger, known.agreement)
         except _RefusedError as refused:
             log.warning("%s: refused %s: %s", self.name, _named(question), refused.refusal)
             return self._refuse(question, refused.refusal)
@@ -397,11 +397,11 @@ class Station:
         finally:
             self.busy_with = None
 
-    def _new_answer(self, ask: Ask, ledger: Ledger) -> bytes:
+    def _new_answer(self, ask: Ask, ledger: Ledger, agreed: Agreement | None) -> bytes:
         """Permitted, paid for, computed, passed through the gate, settled: in this order."""
         question = ask.question
         plan = self._approved_plan(question.plan_sha256)
-        cost = self._permitted(plan, question, ledger)
+        cost = self._permitted(plan, question, agreed)
         cohort = self.cohort(plan)
         if question.kind == "train" and plan.privacy is None and not cohort.patients("train"):
             raise _RefusedError("no-patients")
@@ -480,9 +480,8 @@ class Station:
             with suppress(RuntimeError):
                 torch.cuda.empty_cache()
 
-    def _permitted(self, plan: Plan, question: Question, ledger: Ledger) -> Cost:
+    def _permitted(self, plan: Plan, question: Question, agreed: Agreement | None) -> Cost:
         """What the plan costs here, as agreed when it was approved, if the policy lets this round begin now."""
-        agreed = ledger.agreement(plan.sha256)
         if agreed is None:
             raise _RefusedError("unknown-plan")
         policy = self.config.permits

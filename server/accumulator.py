@@ -11,6 +11,7 @@ Memory is one float64 copy of the model, whatever the number of sites.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class ExactMean:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        self._shapes = dict(shapes)
+        self._sum = torch.zeros(sum(map(prod, self._shapes.values())), dtype=torch.float64)
         self._scratch = torch.empty(_BLOCK, dtype=torch.float64)
         self._bound = 0.0
         self._closed = False
@@ -77,13 +79,16 @@ class ExactMean:
                     "look at the learning rate: updates should be small",
                 ),
             )
-        for name, total in self._sums.items():
-            flat = from_dlpack(update[name]).reshape(-1)
-            for part, new in zip(torch.split(total.view(-1), _BLOCK), torch.split(flat, _BLOCK), strict=True):
-                scratch = self._scratch[: new.numel()]
-                scratch.copy_(new)
-                scratch.add_(_ROUND).sub_(_ROUND)
-                part.add_(scratch, alpha=weight)
+        start = filled = 0
+        for name in self._shapes:
+            rest = from_dlpack(update[name]).reshape(-1)
+            while rest.numel():  # small parameters share a block, large ones take several
+                n = min(rest.numel(), _BLOCK - filled)
+                self._scratch[filled : filled + n].copy_(rest[:n])
+                rest, filled = rest[n:], filled + n
+                if filled == _BLOCK:
+                    start, filled = self._add_block(start, filled, weight), 0
+        self._add_block(start, filled, weight)
         self.total_weight += weight
 
     def mean(self) -> dict[str, NDArray[np.float64]]:
@@ -94,7 +99,14 @@ class ExactMean:
         if not self.total_weight or self._closed:
             raise ValueError("the mean of no updates is undefined, and can be taken once")
         self._closed = True
-        return {name: total.div_(self.total_weight).numpy() for name, total in self._sums.items()}
+        parts = torch.split(self._sum.div_(self.total_weight), [prod(shape) for shape in self._shapes.values()])
+        return {name: part.view(self._shapes[name]).numpy() for name, part in zip(self._shapes, parts, strict=True)}
+
+    def _add_block(self, start: int, n: int, weight: int) -> int:
+        """Add what lies in the scratch to ``n`` values of the sum, from ``start``; where the next block begins."""
+        block = self._scratch[:n].add_(_ROUND).sub_(_ROUND)
+        self._sum[start : start + n].add_(block, alpha=weight)
+        return start + n
 
 
 def norm_of(update: Weights) -> float:

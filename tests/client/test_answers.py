@@ -38,7 +38,7 @@ class TestStore:
         """
         What was never asked has to be worked for.
         """
-        assert store.find(QUESTION) is None
+        assert store.look_up(QUESTION).answer is None
 
     def test_same_question_gets_the_same_bytes(self, store):
         """
@@ -46,7 +46,7 @@ class TestStore:
         """
         store.settle(None, QUESTION, b"\0bytes\xff")
 
-        assert [store.find(QUESTION) for _ in range(3)] == [b"\0bytes\xff"] * 3
+        assert [store.look_up(QUESTION).answer for _ in range(3)] == [b"\0bytes\xff"] * 3
 
     @pytest.mark.parametrize(
         "change", [{"run": "run-2"}, {"round": 2}, {"kind": "test"}, {"plan_sha256": "d" * 64}], ids=str
@@ -58,9 +58,9 @@ class TestStore:
         store.settle(None, QUESTION, b"one")
         other = replace(QUESTION, **change)
 
-        assert store.find(other) is None
+        assert store.look_up(other).answer is None
         store.settle(None, other, b"other")
-        assert (store.find(QUESTION), store.find(other)) == (b"one", b"other")
+        assert (store.look_up(QUESTION).answer, store.look_up(other).answer) == (b"one", b"other")
 
     def test_same_question_with_other_weights_is_refused(self, store):
         """
@@ -69,8 +69,8 @@ class TestStore:
         store.settle(None, QUESTION, b"one")
 
         with pytest.raises(OtherWeightsError):
-            store.find(replace(QUESTION, weights_sha256="b" * 64))
-        assert store.find(QUESTION) == b"one"
+            store.look_up(replace(QUESTION, weights_sha256="b" * 64))
+        assert store.look_up(QUESTION).answer == b"one"
 
     def test_second_answer_to_one_question_does_not_replace_the_first(self, store):
         """
@@ -81,7 +81,7 @@ class TestStore:
             with contextlib.suppress(Exception):
                 store.settle(None, again, b"two")
 
-        assert store.find(QUESTION) == b"one"
+        assert store.look_up(QUESTION).answer == b"one"
 
     def test_answers_survive_reopening(self, store, tmp_path):
         """
@@ -90,9 +90,9 @@ class TestStore:
         store.settle(None, QUESTION, b"one")
         reopened = Ledger.open(tmp_path, SECRET)
 
-        assert reopened.find(QUESTION) == b"one"
+        assert reopened.look_up(QUESTION).answer == b"one"
         with pytest.raises(OtherWeightsError):
-            reopened.find(replace(QUESTION, weights_sha256="b" * 64))
+            reopened.look_up(replace(QUESTION, weights_sha256="b" * 64))
 
     def test_bytes_of_older_rounds_go_and_their_keys_stay(self, store, tmp_path):
         """
@@ -102,13 +102,13 @@ class TestStore:
             store.settle(None, question_of(round_), answer_to(round_))
 
         for round_ in range(6 - ROUNDS_KEPT, 6):
-            assert store.find(question_of(round_)) == answer_to(round_)
+            assert store.look_up(question_of(round_)).answer == answer_to(round_)
         for round_ in range(1, 6 - ROUNDS_KEPT):
             with pytest.raises(AnsweredBeforeError) as error:
-                store.find(question_of(round_))
+                store.look_up(question_of(round_))
             assert not isinstance(error.value, OtherWeightsError)
             with pytest.raises(OtherWeightsError):
-                store.find(replace(question_of(round_), weights_sha256="b" * 64))
+                store.look_up(replace(question_of(round_), weights_sha256="b" * 64))
         assert len(list((tmp_path / "answers").glob("*.safetensors*"))) == ROUNDS_KEPT
 
     def test_bytes_that_changed_on_the_disk_are_not_given(self, store, tmp_path):
@@ -119,7 +119,7 @@ class TestStore:
         next((tmp_path / "answers").glob("*.safetensors")).write_bytes(b"two")
 
         with pytest.raises(AnsweredBeforeError):
-            store.find(QUESTION)
+            store.look_up(QUESTION)
 
     def test_other_runs_keep_their_rounds(self, store):
         """
@@ -129,7 +129,7 @@ class TestStore:
         for round_ in range(1, 10):
             store.settle(None, question_of(round_), answer_to(round_))
 
-        assert store.find(replace(QUESTION, run="run-2")) == b"first round of another run"
+        assert store.look_up(replace(QUESTION, run="run-2")).answer == b"first round of another run"
 
     def test_question_about_an_older_round_can_still_be_answered(self, store):
         """
@@ -140,8 +140,8 @@ class TestStore:
         test = replace(question_of(3), kind="test")
         store.settle(None, test, b"measured")
 
-        assert store.find(test) == b"measured"
-        assert store.find(question_of(9)) == answer_to(9)
+        assert store.look_up(test).answer == b"measured"
+        assert store.look_up(question_of(9)).answer == answer_to(9)
 
 
 class TestKilled:
@@ -160,19 +160,19 @@ class TestKilled:
             settle = partial(store.settle, None, question_of(4), answer_to(4))
             killed = killed_at(n_lines, answers_module, settle)
             reopened = Ledger.open(folder, SECRET)
-            found = reopened.find(question_of(4))
+            found = reopened.look_up(question_of(4)).answer
             outcomes.add(found)
 
             assert found in (None, answer_to(4))
             assert killed or found
-            assert reopened.find(question_of(3)) == answer_to(3)
+            assert reopened.look_up(question_of(3)).answer == answer_to(3)
             with contextlib.suppress(AnsweredBeforeError):
-                assert reopened.find(question_of(2)) == answer_to(2)
+                assert reopened.look_up(question_of(2)).answer == answer_to(2)
             with pytest.raises(AnsweredBeforeError):
-                reopened.find(question_of(1))
+                reopened.look_up(question_of(1))
             if found is None:
                 reopened.settle(None, question_of(4), b"worked for again")
-                assert reopened.find(question_of(4)) == b"worked for again"
+                assert reopened.look_up(question_of(4)).answer == b"worked for again"
             if not killed:
                 break
 

@@ -130,7 +130,7 @@ class TestCharges:
         """
         train(ledger, 1)
 
-        assert [opened(folder).find(question_of(1)) for _ in range(2)] == [answer_to(1)] * 2
+        assert [opened(folder).look_up(question_of(1)).answer for _ in range(2)] == [answer_to(1)] * 2
         assert opened(folder).spent().settled == {c.n for c in ledger.spent().charges}
 
     def test_bytes_of_older_rounds_go_while_the_station_runs(self, ledger, folder):
@@ -202,7 +202,7 @@ class TestCharges:
         reserve(ledger, QUESTION)
         other = replace(QUESTION, weights_sha256="b" * 64)
 
-        for work in (lambda: reserve(ledger, other), lambda: ledger.find(other)):
+        for work in (lambda: reserve(ledger, other), lambda: ledger.look_up(other).answer):
             with pytest.raises(OtherWeightsError):
                 work()
         assert len(ledger.spent().charges) == 1
@@ -216,7 +216,7 @@ class TestCharges:
             file.unlink()
 
         for asked in (question_of(1), replace(question_of(1), weights_sha256="b" * 64)):
-            for work in (lambda asked=asked: reserve(ledger, asked), lambda asked=asked: ledger.find(asked)):
+            for work in (lambda asked=asked: reserve(ledger, asked), lambda asked=asked: ledger.look_up(asked).answer):
                 with pytest.raises(AnsweredBeforeError):
                     work()
         assert len(ledger.spent().charges) == 1
@@ -234,8 +234,8 @@ class TestCharges:
         with pytest.raises(ValueError, match="not in the ledger"):
             ledger.settle(replace(reservation, n=1), question_of(3), b"answer")
 
-        assert ledger.find(question_of(1)) == b"answer"
-        assert ledger.find(question_of(2)) is None
+        assert ledger.look_up(question_of(1)).answer == b"answer"
+        assert ledger.look_up(question_of(2)).answer is None
 
     def test_answers_that_cost_nothing_are_kept_too(self, ledger):
         """
@@ -244,7 +244,7 @@ class TestCharges:
         question = replace(QUESTION, kind="validate")
         ledger.settle(None, question, b"measured")
 
-        assert ledger.find(question) == b"measured"
+        assert ledger.look_up(question).answer == b"measured"
         assert ledger.spent().charges == ()
 
     def test_run_without_privacy_is_charged_once_and_without_bound(self, ledger):
@@ -259,7 +259,7 @@ class TestCharges:
 
         assert len(ledger.spent().charges) == 1
         assert ledger.spent().lifetime_epsilon(1e-5) == math.inf
-        assert ledger.find(question_of(3)) == answer_to(3)
+        assert ledger.look_up(question_of(3)).answer == answer_to(3)
         assert code_of(lambda: train(ledger, 1, "run-2")) == "C169"
 
     def test_round_that_costs_nothing_is_no_round(self, ledger):
@@ -435,7 +435,7 @@ def check_after_a_kill(folder) -> tuple[int, bool]:
     """Whatever was killed: the ledger opens, counts what was trained, and the round can be finished once."""
     ledger = opened(folder)
     charges = [charge for charge in ledger.spent().charges if charge.question == question_of(4)]
-    found = ledger.find(question_of(4))
+    found = ledger.look_up(question_of(4)).answer
     outcome = len(charges), found is not None
 
     assert len(charges) <= 1
@@ -443,11 +443,11 @@ def check_after_a_kill(folder) -> tuple[int, bool]:
     assert found in (None, answer_to(4))
     assert found or not (folder.parent / "left").exists(), "left without being stored"
     assert lines_of(folder) == anchored(folder)
-    assert ledger.find(question_of(3)) == answer_to(3)
+    assert ledger.look_up(question_of(3)).answer == answer_to(3)
     assert len(ledger.spent().charges) == 3 + len(charges)
     if found is None:
         train(ledger, 4, answer=b"trained again")
-        assert opened(folder).find(question_of(4)) == b"trained again"
+        assert opened(folder).look_up(question_of(4)).answer == b"trained again"
         assert len(ledger.spent().charges) == 4 + len(charges)
     files = {path.name for path in (folder / "answers").iterdir()}
     opened(folder)
@@ -533,7 +533,7 @@ class TestKilled:
             Ledger.recover(folder, SECRET)
             assert len(opened(folder).spent().charges) == 4
             with pytest.raises(AnsweredBeforeError):
-                opened(folder).find(question_of(4))
+                opened(folder).look_up(question_of(4))
             if not killed:
                 break
 
@@ -559,7 +559,7 @@ class TestPutBack:
             assert code_of(lambda: opened(folder)) == "C167"
             for work in (
                 lambda: reserve(ledger, question_of(4)),
-                lambda: ledger.find(question_of(1)),
+                lambda: ledger.look_up(question_of(1)).answer,
                 lambda: ledger.settle(reservation, question_of(4), b"x"),
                 ledger.spent,
             ):
@@ -638,8 +638,8 @@ class TestPutBack:
         shutil.copytree(yesterday, folder / "answers")
         ledger = opened(folder)
 
-        assert ledger.find(question_of(1)) == answer_to(1)
-        for work in (lambda: ledger.find(question_of(2)), lambda: reserve(ledger, question_of(2))):
+        assert ledger.look_up(question_of(1)).answer == answer_to(1)
+        for work in (lambda: ledger.look_up(question_of(2)).answer, lambda: reserve(ledger, question_of(2))):
             with pytest.raises(AnsweredBeforeError):
                 work()
 
@@ -758,9 +758,9 @@ class TestChanged:
         ):
             changed(folder, statement, value)
             with pytest.raises(AnsweredBeforeError):
-                opened(folder).find(question_of(1))
+                opened(folder).look_up(question_of(1))
         changed(folder, "DELETE FROM answers WHERE round = ?", 1)
-        for work in (lambda: opened(folder).find(question_of(1)), lambda: reserve(opened(folder), question_of(1))):
+        for work in (lambda: opened(folder).look_up(question_of(1)).answer, lambda: reserve(opened(folder), question_of(1))):
             with pytest.raises(AnsweredBeforeError):
                 work()
 
@@ -939,7 +939,7 @@ class TestCannotBeWritten:
             ledger.settle(reservation, QUESTION, b"x" * 200_000)
 
         assert in_a_process(work) == 42
-        assert opened(folder).find(QUESTION) is None
+        assert opened(folder).look_up(QUESTION).answer is None
         assert list((folder / "answers").glob("*")) == []
         train(opened(folder), 2)
 

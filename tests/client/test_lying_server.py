@@ -137,7 +137,7 @@ def answered_after_a_kill(world: World, ask: Ask, before: Spent, left: Path) -> 
     """Hold a station that was killed while it answered to what was promised, and let it answer; how far it had come."""
     question, world_spent = ask.question, world.spent
     charges = [charge for charge in world_spent.charges if charge.question == question]
-    stored = world.station.ledger().find(question)
+    stored = world.station.ledger().look_up(question).answer
     had_come = "stored" if stored is not None else "charged" if charges else "nothing"
     lines = [e for e in AuditLog(world.folder / audit.FILE).entries() if e["event"] == "answer"]
 

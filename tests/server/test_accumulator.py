@@ -126,7 +126,7 @@ class TestLimits:
             mean.add(update, weight, norm_of(update))
 
         on_grid = Fraction(round(Fraction(float(value)) * 2**GRID_BITS), 2**GRID_BITS)
-        assert Fraction(float(mean._sums["w"][0])) == n_sites * weight * on_grid
+        assert Fraction(float(mean._sum[0])) == n_sites * weight * on_grid
 
     @pytest.mark.parametrize(
         ("n_before", "norm", "weight"),
