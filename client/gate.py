@@ -107,7 +107,9 @@ class Gate:
             counts=values.get("count", {}),
             cost=values.get("cost", {}),
         )
-        return Passed(encode_answer(answer), {kind: _manifest(kind, named, norms[kind]) for kind, named in values.items()})
+        return Passed(
+            encode_answer(answer), {kind: _manifest(kind, named, norms[kind]) for kind, named in values.items()}
+        )
 
     def refuse(self, question: Question | None, refusal: Refusal) -> bytes:
         """The bytes that say no, with a reason from the closed list and nothing else.

@@ -760,7 +760,8 @@ class TestChanged:
             with pytest.raises(AnsweredBeforeError):
                 opened(folder).look_up(question_of(1))
         changed(folder, "DELETE FROM answers WHERE round = ?", 1)
-        for work in (lambda: opened(folder).look_up(question_of(1)).answer, lambda: reserve(opened(folder), question_of(1))):
+        ledger = opened(folder)
+        for work in (lambda: ledger.look_up(question_of(1)), lambda: reserve(ledger, question_of(1))):
             with pytest.raises(AnsweredBeforeError):
                 work()
 
