@@ -21,6 +21,7 @@ from shared_models.consortium import Notice
 from shared_models.errors import FederadError
 from shared_models.messages import Answer, Question, Refusal, encode_answer
 from shared_models.scanners import is_scanner
+from shared_models.weights import norm_of
 
 Kind = Literal["update", "metric", "count", "cost"]
 """What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs."""
@@ -96,7 +97,7 @@ class Gate:
                 if rule == "forbidden" or (rule == "noised" and not release.is_noised):
                     continue
             values[release.kind] = {name: _EXACT[release.kind](value) for name, value in release.value.items()}
-            norms[release.kind] = _norm(values[release.kind])
+            norms[release.kind] = norm_of(values[release.kind])
             if not math.isfinite(norms[release.kind]):
                 raise _not_released(f"a value of kind {release.kind!r} that is not a finite number")
         answer = Answer(
@@ -157,11 +158,6 @@ class Gate:
         ):
             return Notice(kind="scanners", scanners=tuple(value["names"]))
         raise _not_released(f"a notice of kind {release.kind!r}, which is unknown or holds something else than it may")
-
-
-def _norm(values: Mapping[str, Any]) -> float:
-    """L2 norm over all values together; not finite if any of them is not, or beyond the range of float32."""
-    return math.hypot(*(float(np.linalg.norm(value)) for value in values.values()))
 
 
 def _manifest(kind: str, values: Mapping[str, Any], norm: float) -> dict[str, Any]:

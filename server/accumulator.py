@@ -10,8 +10,8 @@ Memory is one float64 copy of the model, whatever the number of sites.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from math import prod
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ class ExactMean:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = dict(shapes)
-        self._sum = torch.zeros(sum(map(prod, self._shapes.values())), dtype=torch.float64)
+        self._sum = torch.zeros(sum(map(math.prod, self._shapes.values())), dtype=torch.float64)
         self._scratch = torch.empty(_BLOCK, dtype=torch.float64)
         self._bound = 0.0
         self._closed = False
@@ -99,7 +99,7 @@ class ExactMean:
         if not self.total_weight or self._closed:
             raise ValueError("the mean of no updates is undefined, and can be taken once")
         self._closed = True
-        parts = torch.split(self._sum.div_(self.total_weight), [prod(shape) for shape in self._shapes.values()])
+        parts = torch.split(self._sum.div_(self.total_weight), [math.prod(shape) for shape in self._shapes.values()])
         return {name: part.view(self._shapes[name]).numpy() for name, part in zip(self._shapes, parts, strict=True)}
 
     def _add_block(self, start: int, n: int, weight: int) -> int:
@@ -107,9 +107,3 @@ class ExactMean:
         block = self._scratch[:n].add_(_ROUND).sub_(_ROUND)
         self._sum[start : start + n].add_(block, alpha=weight)
         return start + n
-
-
-def norm_of(update: Weights) -> float:
-    """L2 norm over all parameters together; NaN or infinite if any value is."""
-    squares = [float(torch.linalg.vector_norm(from_dlpack(array))) ** 2 for array in update.values()]
-    return float(np.sqrt(sum(squares)))

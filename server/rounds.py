@@ -25,7 +25,7 @@ import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from server.accumulator import ExactMean, largest_norm, norm_of
+from server.accumulator import ExactMean, largest_norm
 from server.journal import Journal, RunIdentity
 from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
@@ -37,7 +37,7 @@ from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, 
 from shared_models.plan import OF_EACH_SITE, Plan
 from shared_models.schedule import local_steps
 from shared_models.task import task_for
-from shared_models.weights import Weights, averaged, difference, weights_sha256
+from shared_models.weights import Weights, averaged, difference, norm_of, weights_sha256
 
 if TYPE_CHECKING:
     from server.depot import Depot

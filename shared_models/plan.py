@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import tomllib
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -951,7 +950,7 @@ class Plan(_Table):
         """Channels of a prepared image: one for each name, or two (real, imaginary) for each coil of k-space."""
         return 2 * self.data.coils if self.task.kind in OF_KSPACE else len(self.data.channels)
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """Identity of the plan: SHA-256 of its canonical JSON, 64 hex digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()

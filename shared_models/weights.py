@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from math import prod
+from functools import lru_cache
 
 import numpy as np
 import safetensors.numpy
@@ -105,13 +106,24 @@ def averaged(average: Weights | None, weights: Weights, number: int, decay: floa
     }
 
 
+def norm_of(values: Mapping[str, NDArray[np.float32] | float]) -> float:
+    """L2 norm over all values together; not finite if any of them is not, or beyond the range of float32."""
+    return math.hypot(*(float(np.linalg.norm(value)) for value in values.values()))
+
+
 def weights_sha256(weights: Mapping[str, NDArray[np.float32]]) -> str:
     """SHA-256 over names, shapes and values, 64 hex digits; independent of the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        digest.update(json.dumps([name, list(weights[name].shape)]).encode())
+        digest.update(_named(name, weights[name].shape))
         digest.update(np.ascontiguousarray(weights[name]).data)
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=2**16)
+def _named(name: str, shape: tuple[int, ...]) -> bytes:
+    """What stands before an array's values where they are hashed; a run asks for the same ones all the time."""
+    return json.dumps([name, list(shape)]).encode()
 
 
 def encode(weights: Mapping[str, NDArray[np.float32]], text: str) -> bytes:
@@ -158,7 +170,7 @@ def _decode(data: bytes) -> tuple[Weights, str]:
             raise ValueError(f"an array has dtype {str(entry['dtype'])[:16]}")
         if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
             raise ValueError("an array has no proper shape")
-        if start != end or stop - start != 4 * prod(shape) or stop > len(body):
+        if start != end or stop - start != 4 * math.prod(shape) or stop > len(body):
             raise ValueError("an array lies outside the message")
         weights[name] = np.frombuffer(body[start:stop], dtype="<f4").reshape(shape)
         end = stop

@@ -16,8 +16,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from server.accumulator import ExactMean, norm_of
+from server.accumulator import ExactMean
 from shared_models.messages import Answer, Question, decode_answer, encode_answer
+from shared_models.weights import norm_of
 from simulation.processes import one_thread
 
 N_PARAMETERS = 30_000_000

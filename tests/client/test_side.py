@@ -14,7 +14,7 @@ from client.own import OwnState, own_model
 from client.side import side_of
 from client.training import Trainer
 from client.work import exact_releases
-from server.accumulator import ExactMean, norm_of
+from server.accumulator import ExactMean
 from server.strategies import strategy_for
 from shared_models.errors import FederadError
 from shared_models.local_layers import norm_parameters, staying
@@ -24,7 +24,7 @@ from shared_models.plan import Plan
 from shared_models.schedule import learning_rate, local_steps
 from shared_models.task import task_for
 from shared_models.volume import Volume
-from shared_models.weights import Weights, initial_weights, load_weights, weights_of
+from shared_models.weights import Weights, initial_weights, load_weights, norm_of, weights_of
 
 RATE, N_ROUNDS = 0.1, 3
 SIZES = {"site-1": 2, "site-2": 3}

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.accumulator import GRID_BITS, LARGEST_VALUE, ExactMean, largest_norm, norm_of
+from server.accumulator import GRID_BITS, LARGEST_VALUE, ExactMean, largest_norm
 from shared_models.errors import FederadError
+from shared_models.weights import norm_of
 
 ROUNDING = 2.0**-33
 """How far one update's value may be moved to reach the grid."""
