@@ -163,7 +163,7 @@ def _keys(courier: Path) -> str:
             because="It is renewed while federad-site runs, before it ends.",
             remedies=("ask the operator for a new invitation and enrol again",),
         )
-    soon = " (start federad-site to renew it)" if days < SOON_DAYS else ""
+    soon = " (federad-site renew gives it a new one)" if days < SOON_DAYS else ""
     return f"{member.site} in {member.name}; certificate good for {days} days{soon}"
 
 

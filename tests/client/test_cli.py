@@ -100,6 +100,20 @@ class TestEnrol:
 
         assert ok("enrol", "--reply", tmp_path / "reply.json", "--site", root)["consortium"] == "Demo"
 
+    def test_certificate_is_renewed_on_request(self, line, hospitals, root, operator):
+        """
+        Long before its last month, over the same key; the operator knows the new end.
+        """
+        ok("enrol", line, "--data", hospitals[0].folder, "--site", root)
+        key, first = ((root / "courier" / name).read_bytes() for name in ("site.key", "site.crt"))
+
+        told = ok("renew", "--site", root)
+
+        assert (root / "courier" / "site.crt").read_bytes() != first
+        assert (root / "courier" / "site.key").read_bytes() == key
+        assert told["not_after"] == operator.consortium.site("site-1").not_after.isoformat()
+        assert told["next"] == f"federad-site status --site {root}"
+
     @pytest.mark.parametrize(
         ("arguments", "code"),
         [
