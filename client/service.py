@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -233,6 +233,7 @@ def serve(folder: Path, socket: Path) -> None:
         with StationServer(station, socket, on_broken=broken.set):
             station.started()
             log.info("The station of %s listens at %s.", station.name, socket)
+            threading.Thread(target=_imported, daemon=True).start()
             while not stopped.wait(0.2):
                 if broken.is_set():
                     time.sleep(1.0)  # the refusal is on its way
@@ -242,6 +243,18 @@ def serve(folder: Path, socket: Path) -> None:
                 log.info("The station of %s was told to stop.", station.name)
     logging.shutdown()
     os._exit(3 if broken.is_set() else 0)  # a round in progress is given up, and asked for again
+
+
+def _imported() -> None:
+    """Import what the first question needs while nobody asks: tasks and accountants take seconds."""
+    from client.accounting import filter_order
+    from shared_models.registry import look_up
+    from shared_models.tasks import TASKS
+
+    with suppress(Exception):  # whoever needs it is told then
+        for name in TASKS:
+            look_up(TASKS, name)
+        filter_order(1.0, 1e-5)
 
 
 def make_way(socket: Path) -> None:
