@@ -97,6 +97,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "classification-real": experiment_table,
     "federated-vs-central": experiment_table,
     "privacy-utility": experiment_table,
+    "reconstruction-real": experiment_table,
     "retina-vessels": run_table,
     "bench": bench_table,
 }
