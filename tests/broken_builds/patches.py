@@ -910,8 +910,8 @@ _TOLD = (
         "norm missing from the manifest",
         (
             "client/gate.py",
-            '"norm": math.hypot(*(float(np.linalg.norm(array)) for array in values.values()))',
-            '"norm": 0.0',
+            '"norm": norm}',
+            '"norm": 0.0}',
         ),
         caught_by=(
             f"{GATE}::TestRelease::test_manifest_says_what_left_and_no_value_of_it",
