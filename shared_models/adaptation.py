@@ -41,13 +41,13 @@ SHARE = 0.8
 KNOTS = 6
 """Points of a contrast curve, over the range of the sample."""
 
-CURVE = 0.14
+CURVE = 0.1
 """Standard deviation of each point's height [share of the range]."""
 
-GAMMA = 0.3
+GAMMA = 0.5
 """Standard deviation of the exponent's natural logarithm."""
 
-SHADING = 0.35
+SHADING = 1.2
 """Largest shading, as a natural logarithm [ratio]."""
 
 LARGEST_BLUR = 0.9
