@@ -34,6 +34,7 @@ from client.answers import TABLE, AnsweredBeforeError, AnswerStore, OtherWeights
 from client.audit import FILE as AUDIT_FILE
 from client.audit import Head
 from client.chain import Book, Chain, Entry, NoHistoryError, unwritable
+from client.code import code_sha256
 from shared_models.errors import FederadError
 from shared_models.messages import Question
 
@@ -591,4 +592,4 @@ def _code_version() -> str:
         except PackageNotFoundError:
             return "none"
 
-    return f"federad {of('federad')}, opacus {of('opacus')}"
+    return f"federad {of('federad')} {code_sha256()[:12]}, opacus {of('opacus')}"

@@ -117,9 +117,15 @@ class Plans:
         plans = (self.approved(file.stem) for file in sorted(self._approved.glob("*.json")))
         return [plan for plan in plans if plan is not None]
 
-    def approve(self, plan: Plan) -> None:
-        """Let a plan train here."""
+    def code_of(self, sha256: str) -> str | None:
+        """Hash of the code with which a plan was approved; None if that was not noted."""
+        content = _read(self._approved / f"{sha256}.code")
+        return content.decode("ascii", "replace") if content is not None else None
+
+    def approve(self, plan: Plan, code: str) -> None:
+        """Let a plan train here, by the code with this hash."""
         self._approved.mkdir(exist_ok=True)
+        write_durably(self._approved / f"{plan.sha256}.code", code.encode("ascii"))
         write_durably(self._approved / f"{plan.sha256}.json", plan.canonical_json().encode())
         (self._refused / plan.sha256).unlink(missing_ok=True)
 
@@ -127,7 +133,8 @@ class Plans:
         """Let a plan train here no more."""
         self._refused.mkdir(parents=True, exist_ok=True)
         (self._refused / plan.sha256).touch()
-        (self._approved / f"{plan.sha256}.json").unlink(missing_ok=True)
+        for kind in ("json", "code"):
+            (self._approved / f"{plan.sha256}.{kind}").unlink(missing_ok=True)
 
     def listed(self) -> list[ListedPlan]:
         """Every plan that was offered here, the newest first."""

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, Self
 from client import audit, exclusions
 from client.answers import AnsweredBeforeError, OtherWeightsError
 from client.audit import AuditLog
+from client.code import code_sha256
 from client.data.aliases import Aliases
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
@@ -114,6 +115,7 @@ class Station:
         """The question being answered."""
         self._gate = Gate(self.config.name, self.config.permits)
         self._plans = Plans(folder)
+        self._code = code_sha256()
         self._secret = (folder / "secret").read_bytes()
         self._ledger: Ledger | None = None
         self._costs: dict[Agreement, Cost] = {}
@@ -193,8 +195,9 @@ class Station:
         if plan.privacy is not None and not (start_is_foreign or self.config.emulated):
             require_known_start(plan, spent)
         ledger.agree(cost.agreement(plan.sha256))
-        self._plans.approve(plan)
-        self._decided(plan.sha256, "approved", **({"start_is_foreign": True} if start_is_foreign else {}))
+        self._plans.approve(plan, self._code)
+        said = {"start_is_foreign": True} if start_is_foreign else {}
+        self._decided(plan.sha256, "approved", code=self._code, **said)
         return cohort
 
     def refuse(self, plan: Plan) -> None:
@@ -401,6 +404,8 @@ class Station:
         """Permitted, paid for, computed, passed through the gate, settled: in this order."""
         question = ask.question
         plan = self._approved_plan(question.plan_sha256)
+        if self._plans.code_of(plan.sha256) != self._code:
+            raise _other_code(plan)
         cost = self._permitted(plan, question, agreed)
         cohort = self.cohort(plan)
         if question.kind == "train" and plan.privacy is None and not cohort.patients("train"):
@@ -538,6 +543,18 @@ class Station:
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _other_code(plan: Plan) -> FederadError:
+    return FederadError(
+        "C106",
+        happened=f"The installed federad is not the one with which the plan {plan.name} was approved.",
+        because="What a plan costs a patient, and what may leave, was agreed to for that code.",
+        remedies=(
+            f"after an update of yours: federad-site approve {plan.name}",
+            "if nobody here has updated it: leave the machine as it is and find out who did",
+        ),
+    )
 
 
 def _undeclared_scanners(plan: Plan) -> FederadError:

@@ -23,6 +23,7 @@ TITLES: dict[str, str] = {
     "C117": "the device in site.toml is not there",
     "P105": "the acceleration leaves no centre of k-space",
     "P110": "the network has no features that a discriminator could read",
+    "C106": "federad has changed since the plan was approved",
     "C111": "this site's scanners are not declared",
     "R112": "no site can tell scanners apart",
     "C123": "the study does not fit the model",

@@ -996,7 +996,7 @@ _TOLD = (
     ),
     patch(
         "word for a foreign start not in the audit",
-        ("client/station.py", ', **({"start_is_foreign": True} if start_is_foreign else {}))', ")"),
+        ("client/station.py", "code=self._code, **said)", "code=self._code)"),
         caught_by=(f"{STATION}::TestWarmStart::test_model_of_which_the_ledger_knows_nothing_needs_a_word_from_here",),
     ),
     patch(
@@ -1101,6 +1101,11 @@ _KEPT = (
             "            elif element.VR in _TEXT",
         ),
         caught_by=(f"{DEIDENTIFIED}::TestTable::test_every_attribute_gets_its_action_wherever_it_stands",),
+    ),
+    patch(
+        "plan approved for other code",
+        ("client/station.py", "if self._plans.code_of(plan.sha256) != self._code:", "if False:"),
+        caught_by=(f"{ANY_STATION}::TestCode::test_code_that_changed_since_the_approval_computes_nothing",),
     ),
     patch(
         "a model predicts without its signature",

@@ -164,8 +164,12 @@ class TestDecision:
         plan = plan_named("one")
         plans.offer(operator.sign(plan))
         states = [plans.state(plan.sha256)]
-        for decide in (plans.approve, plans.refuse, plans.approve):
-            decide(plan)
+        for decide in (
+            lambda: plans.approve(plan, "c0de"),
+            lambda: plans.refuse(plan),
+            lambda: plans.approve(plan, "c0de"),
+        ):
+            decide()
             states.append(plans.state(plan.sha256))
 
         assert states == ["offered", "approved", "refused", "approved"]
@@ -176,7 +180,7 @@ class TestDecision:
         A hash is what was approved; a plan put under that name is another.
         """
         one, two = plan_named("one"), plan_named("two")
-        plans.approve(one)
+        plans.approve(one, "c0de")
         (tmp_path / "plans" / f"{one.sha256}.json").write_text(two.canonical_json())
 
         assert plans.approved(one.sha256) is None

@@ -10,8 +10,10 @@ import torch
 from deployed import Operator
 from faults.sites import opened
 
+import client
 from client import station as station_module
 from client.audit import FILE, AuditLog
+from client.code import code_sha256
 from client.policy import Policy, Releases
 from client.station import Station
 from client.training import Trainer
@@ -128,6 +130,53 @@ class TestRefusals:
             broken.setattr(station_module, "resident_trainer", lambda *_: 1 / 0)
             assert decode_answer(Station(stations[0]).answer(encode_ask(ask))).refusal == "failed"
         assert decode_answer(Station(stations[0]).answer(encode_ask(ask))).refusal is None
+
+
+class TestCode:
+    def test_code_that_changed_since_the_approval_computes_nothing(
+        self, stations, ask, smoke_plan, trainings, monkeypatch
+    ):
+        """
+        After an update every plan is approved anew; until then a question gets a word and costs nothing.
+        """
+        monkeypatch.setattr(station_module, "code_sha256", lambda: "0" * 64)
+        station = Station(stations[0])
+        declined = decode_answer(station.answer(encode_ask(ask))).refusal
+
+        assert (declined, trainings, station.ledger().spent().charges) == ("declined", [], ())
+        station.approve(smoke_plan)
+        assert decode_answer(station.answer(encode_ask(ask))).refusal is None
+
+    def test_plan_whose_code_was_not_noted_is_approved_anew(self, stations, ask, smoke_plan, trainings):
+        """
+        An approval without the hash of its code says nothing about the code that is here.
+        """
+        (stations[0] / "plans" / f"{smoke_plan.sha256}.code").unlink()
+
+        assert decode_answer(Station(stations[0]).answer(encode_ask(ask))).refusal == "declined"
+        assert not trainings
+
+    @pytest.mark.parametrize("change", ["edited", "added", "renamed"])
+    def test_any_file_that_changes_changes_the_hash(self, tmp_path, monkeypatch, change):
+        """
+        Python or not, in any folder of the packages that a station runs; what Python itself compiles does not count.
+        """
+        package = tmp_path / "client"
+        (package / "data" / "__pycache__").mkdir(parents=True)
+        (package / "data" / "table.tsv").write_text("a")
+        monkeypatch.setattr(client, "__path__", [str(package)])
+        before = code_sha256.__wrapped__()
+        (package / "data" / "__pycache__" / "x.pyc").write_text("compiled")
+        assert code_sha256.__wrapped__() == before
+        match change:
+            case "edited":
+                (package / "data" / "table.tsv").write_text("b")
+            case "added":
+                (package / "more.py").write_text("")
+            case "renamed":
+                (package / "data" / "table.tsv").rename(package / "data" / "other.tsv")
+
+        assert code_sha256.__wrapped__() != before
 
 
 class TestWhatLeaves:
