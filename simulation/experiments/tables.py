@@ -98,6 +98,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "federated-vs-central": experiment_table,
     "privacy-utility": experiment_table,
     "reconstruction-real": experiment_table,
+    "unseen-scanner": experiment_table,
     "retina-vessels": run_table,
     "bench": bench_table,
 }
