@@ -51,6 +51,9 @@ CREATE TABLE skipped (file TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID
 TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"), PurePosixPath("patients.csv"))
 """Files of the data folder that are about images and are none."""
 
+INCOMING = ".federad-incoming"
+"""Folders of this name are not looked into: studies arrive there, and are not whole yet (``retrieval``)."""
+
 READS = 2
 """Raised when more is read than before, so that what was left out is looked at again."""
 
@@ -281,9 +284,15 @@ def _listing(source: Path) -> list[PurePosixPath]:
 
     In place of a zip archive stand its members; the archive itself where nothing of it can be read.
     """
-    found = (Path(folder, name) for folder, _, names in os.walk(source) for name in names)
+    found = (Path(folder, name) for folder, names in _walked(source) for name in names)
     within = (inner for path in found for inner in (_members(path) if _is_archive(path) else (path,)))
     return sorted(PurePosixPath(path.relative_to(source)) for path in within)
+
+
+def _walked(source: Path) -> Iterator[tuple[str, list[str]]]:
+    for folder, inner, names in os.walk(source):
+        inner[:] = [name for name in inner if name != INCOMING]
+        yield folder, names
 
 
 def _is_archive(path: Path) -> bool:

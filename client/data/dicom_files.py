@@ -401,6 +401,13 @@ def _n_planes(header: Dataset) -> int:
     return 2 if frames == 1 and (is_mosaic(header) or is_grid(header)) else max(frames, 1)
 
 
+def identity(path: Path) -> Facts:
+    """UIDs of study, series and object; whatever kind it is of."""
+    file = opened(path, list(_IDENTITY))
+    with unusable(Reason.DAMAGED):
+        return {"uids": [text(file.header, name) for name in _IDENTITY]}
+
+
 def attribute(path: Path, keyword: str) -> Facts:
     """The value of an attribute of the data set itself, as text; empty where it has none."""
     file = opened(path, [keyword])

@@ -94,6 +94,7 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
+        "identity": lambda path: dicom_files.identity(Path(path)),
         "layouts": layouts,
         "pixels": lambda path: dicom_pixels.pixels(Path(path), share),
         "segmentation": lambda path: dicom_pixels.segmentation(Path(path), share),
