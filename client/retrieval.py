@@ -441,6 +441,8 @@ class Kept:
             if n_bytes > most:
                 raise FetchError(Failure.TOO_LARGE)
             file.write(one)
+        file.flush()
+        os.fsync(file.fileno())  # what has its final name is whole, also after a power cut
         return n_bytes
 
     def _is_asked_for(self, part: Path, instance: str) -> bool:
