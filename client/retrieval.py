@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,14 +241,17 @@ class _Retrieval:
         self.result = Retrieved(data / FOLDER)
         self._pacs = pacs
         self._kept = Kept(data / FOLDER, most_bytes)
-        secret = (site.station / "secret").read_bytes()
-        aliases, excluded = Aliases.of(data, secret), left_out(site.station, data, secret)
-        self._is_excluded = lambda patient: aliases.patient(key_of(secret, patient)) in excluded
+        self._secret = (site.station / "secret").read_bytes()
+        self._aliases = Aliases.of(data, self._secret)
+        self._excluded = left_out(site.station, data, self._secret)
 
     def run(self, asked: Query, *, dry_run: bool, on_progress: OnProgress) -> None:
         if not dry_run:
             self._kept.make()
-        with opened(self._pacs, self._kept.room) as archive:
+        pacs = (
+            self._pacs.model_copy(update={"listen_port": None}) if dry_run else self._pacs
+        )  # nothing comes, none listens
+        with opened(pacs, self._kept.room) as archive:
             plan = self._plan(archive, asked)
             self.result.series = sum(map(len, plan.values()))
             if not dry_run:
@@ -263,7 +267,8 @@ class _Retrieval:
             if found.uid in seen or not _fits(found, asked):
                 continue
             seen.add(found.uid)
-            if self._is_excluded("".join(found.said.get("PatientID", ())[:1])):
+            patient = "".join(found.said.get("PatientID", ())[:1])
+            if self._aliases.patient(key_of(self._secret, patient)) in self._excluded:
                 self.result.excluded += 1
                 continue
             self.result.studies += 1
@@ -282,7 +287,7 @@ class _Retrieval:
                     raise FetchError(Failure.UNREACHED)
                 if self._kept.room() == 0:
                     raise FetchError(Failure.TOO_LARGE)
-                self._fetch(archive, study, series, lambda n, done=n_done: on_progress(done + n, self.result.series))
+                self._fetch(archive, study, series, partial(self._tell, on_progress, n_done))
                 self.result.complete += 1
                 n_away = 0
             except FetchError as error:
@@ -290,6 +295,9 @@ class _Retrieval:
                 n_away = n_away + 1 if error.why is Failure.UNREACHED else 0
             n_done += len(series)
             on_progress(n_done, self.result.series)
+
+    def _tell(self, on_progress: OnProgress, n_before: int, n: int) -> None:
+        on_progress(n_before + n, self.result.series)
 
     def _fetch(self, archive: Archive, study: str, series: list[str], on_series: Callable[[int], None]) -> None:
         """What is missing of a study; it is settled when nothing is."""

@@ -389,11 +389,13 @@ class TestListener:
 
     def test_port_that_is_taken_is_named(self, site, series):
         """
-        C122.
+        C122; only to count, nothing listens.
         """
         with archive(series) as (pacs, _):
             taken = pacs.model_copy(update={"listen_port": pacs.port})
-            refused("C122", lambda: retrieve(site(taken), EVERYTHING))
+            folder = site(taken)
+            refused("C122", lambda: retrieve(folder, EVERYTHING))
+            assert retrieve(folder, EVERYTHING, dry_run=True).studies == 1
 
 
 class TestMessages:
