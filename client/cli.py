@@ -531,6 +531,51 @@ def predict(
 
 
 @app.command()
+def retrieve(
+    since: Annotated[str | None, typer.Option("--since", help="Studies from this date on, such as 2024-03-15.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Studies up to this date.")] = None,
+    modality: Annotated[
+        str | None, typer.Option("--modality", help="Studies with a series of this modality, such as MR.")
+    ] = None,
+    description: Annotated[
+        str | None, typer.Option("--description", help="Study Description; * and ? stand for anything.")
+    ] = None,
+    patients: Annotated[Path | None, typer.Option("--patients", help="A file with one PatientID on each line.")] = None,
+    accessions: Annotated[
+        Path | None, typer.Option("--accessions", help="A file with one accession number on each line.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show how many studies and series would come, and fetch none.")
+    ] = False,
+    most_gb: Annotated[float, typer.Option("--most-gb", min=0.001, help="Take no more than this [GB].")] = 100.0,
+    site: Site = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch studies from the hospital's archive, [pacs] in site.toml, into this site's folder of images."""
+    from client.retrieval import query
+    from client.retrieval import retrieve as fetch_studies
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    asked = query(
+        since=since,
+        until=until,
+        modality=modality,
+        description=description,
+        patients=_lines(patients) if patients is not None else (),
+        accessions=_lines(accessions) if accessions is not None else (),
+    )
+    become_owner(folder.station)
+    with _bar("series", as_json) as told:
+        done = fetch_studies(folder, asked, dry_run=dry_run, most_bytes=round(most_gb * 1e9), on_progress=told)
+    if done.failed and not dry_run and as_json:
+        print(json.dumps(done.as_json()))
+    if done.failed and not dry_run:
+        raise done.trouble()
+    _show(folder, {**done.as_json(), "dry_run": dry_run}, escape(done.told(dry_run=dry_run)), "check", as_json)
+
+
+@app.command()
 def backup(
     to: Annotated[
         Path, typer.Argument(metavar="FILE", help="A new file outside the site's folder, or a folder for it.")

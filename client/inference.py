@@ -30,6 +30,7 @@ from client.data.preprocessing import one_thread, prepare
 from client.data.records import Kind, Study
 from client.data.scan import Scan
 from client.data.skips import UnusableError
+from client.data.zips import open_file
 from client.findings import Findings
 from client.folder import SiteFolder, cannot
 from client.plans import PIN, Pin
@@ -294,12 +295,10 @@ def _sources(paths: Sequence[Path], scan: Scan) -> tuple[tuple[Dataset, ...], tu
 
     None of either where they do not match, as for a mosaic, whose slices are no frames.
     """
-    import pydicom
-
     if scan.affine is None:
         return (), ()
     along = scan.affine[:3, 2]
-    headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in paths]
+    headers = [_header(path) for path in paths]
     try:
         headers.sort(key=lambda one: float(along @ _places(one)[0]))
         places = np.array([place for one in headers for place in _places(one)])
@@ -308,6 +307,13 @@ def _sources(paths: Sequence[Path], scan: Scan) -> tuple[tuple[Dataset, ...], tu
     if len(places) != scan.shape[0]:
         return (), ()
     return tuple(headers), tuple(int(k) for k in np.argsort(places @ along, kind="stable"))
+
+
+def _header(path: Path) -> Dataset:
+    import pydicom
+
+    with open_file(path) as file:
+        return pydicom.dcmread(file, stop_before_pixels=True)
 
 
 def _places(header: Dataset) -> list[NDArray[np.float64]]:

@@ -39,6 +39,9 @@ class Pacs(BaseModel):
     calling_ae_title: str = Field(default="FEDERAD", pattern=r"^[\x21-\x5b\x5d-\x7e]{1,16}$")
     """The title that this site calls itself; the archive must know it."""
 
+    listen_port: int | None = Field(default=None, ge=1, le=65_535)
+    """Where this site listens while it retrieves by C-MOVE; left out, images come by C-GET over the same connection."""
+
     dicomweb: str | None = Field(default=None, pattern=r"^https?://[^\s@]{1,500}$")
     """Address of its DICOMweb service, such as ``https://pacs.hospital.example/dicom-web``; then host is left out."""
 
@@ -74,7 +77,7 @@ class SiteConfig(BaseModel):
     """Whether the patients here are made up; only a simulation says so."""
 
     pacs: Pacs | None = None
-    """The archive that predictions are sent to on demand; left out, none."""
+    """The archive that studies come from and predictions are sent to, on demand; left out, none."""
 
     policy: Policy | None = None
     """What this hospital permits; left out, the defaults of ``policy``."""

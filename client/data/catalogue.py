@@ -15,10 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from filecmp import cmp
 from pathlib import Path, PurePosixPath
 
-from client.data import dicom, images, kspace, reader
+from client.data import dicom, images, kspace, reader, zips
 from client.data.aliases import Aliases
 from client.data.keys import key_of
 from client.data.records import Facts, File, Kind, Role, Series, Study
@@ -51,6 +50,12 @@ CREATE TABLE skipped (file TEXT PRIMARY KEY, reason TEXT NOT NULL) WITHOUT ROWID
 
 TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"), PurePosixPath("patients.csv"))
 """Files of the data folder that are about images and are none."""
+
+INCOMING = ".federad-incoming"
+"""Folders of this name are not looked into: studies arrive there, and are not whole yet (``retrieval``)."""
+
+READS = 2
+"""Raised when more is read than before, so that what was left out is looked at again."""
 
 _FIXED_WORD = "federad catalogue"
 """Its key tells whether two secrets are the same, without telling either."""
@@ -182,7 +187,7 @@ class _Survey:
         self._secret = secret
         self._index = images.Index.of(source)
         self._paths: dict[str, PurePosixPath] = {}
-        self.basis = key_of(secret, f"{VERSION}\n{self._index}")
+        self.basis = key_of(secret, f"{VERSION}\n{READS}\n{self._index}")
         """What besides a file decides what it says."""
 
     def look_at(self, listing: Sequence[PurePosixPath], seen: Seen, on_progress: Progress | None) -> None:
@@ -219,8 +224,8 @@ class _Survey:
         if a.size != b.size:
             return False
         try:
-            return cmp(self._source / self._paths[a.key], self._source / self._paths[b.key], shallow=False)
-        except OSError:
+            return reader.same_bytes(self._source / self._paths[a.key], self._source / self._paths[b.key])
+        except (OSError, UnusableError):
             return False
 
     def _known(self, relative: PurePosixPath, seen: Seen) -> tuple[File | None, Outcome | None]:
@@ -231,6 +236,8 @@ class _Survey:
         self._paths[key] = relative
         try:
             status = os.stat(f"{self._source}/{relative}")  # noqa: PTH116  # building a Path costs more than asking
+        except NotADirectoryError:
+            return self._known_member(key, relative, seen)
         except OSError:
             return File(key, 0, 0), Reason.NOT_OPENED
         file = File(key, status.st_size, status.st_mtime_ns)
@@ -238,10 +245,23 @@ class _Survey:
             return file, Reason.NOT_AN_IMAGE
         return file, Reason.EMPTY if status.st_size == 0 else seen.of(file)
 
+    def _known_member(self, key: str, relative: PurePosixPath, seen: Seen) -> tuple[File, Outcome | None]:
+        try:
+            status = reader.status(self._source / relative)
+        except (OSError, UnusableError):
+            return File(key, 0, 0), Reason.NOT_OPENED
+        file = File(key, status.size, status.mtime_ns)
+        return file, seen.of(file)
+
     def _inspected(self, file: File) -> Outcome:
         relative = self._paths[file.key]
         path, name = self._source / relative, relative.name.lower()
         try:
+            if not path.is_file():
+                return self._inspected_member(path, name)
+            if name.endswith(zips.ENDING):
+                reader.members(path)
+                return Reason.DAMAGED  # it can be read now; it could not when the folder was listed
             if name.endswith(images.NIFTI_ENDINGS):
                 return (images.inspect_nifti(path, relative, self._secret),)
             if name.endswith(images.PICTURE_ENDINGS):
@@ -250,13 +270,40 @@ class _Survey:
                 return (kspace.inspect(path, relative, self._secret, self._index),)
             return (dicom.inspect(path, self._secret),)
         except UnusableError as error:
-            return error.reason
+            return () if error.reason is Reason.DIRECTORY else error.reason
+
+    def _inspected_member(self, path: Path, name: str) -> Outcome:
+        """What a member of an archive says: research formats are told by where they lie, and are read from folders only."""
+        if name.endswith((*images.NIFTI_ENDINGS, *images.PICTURE_ENDINGS, *kspace.ENDINGS)):
+            return Reason.NOT_SUPPORTED
+        return (dicom.inspect(path, self._secret),)
 
 
 def _listing(source: Path) -> list[PurePosixPath]:
-    """Every file below ``source``, relative to it and sorted, so that no result depends on the file system's order."""
-    found = (Path(folder, name) for folder, _, names in os.walk(source) for name in names)
-    return sorted(PurePosixPath(path.relative_to(source)) for path in found)
+    """Every file below ``source``, relative to it and sorted, so that no result depends on the file system's order.
+
+    In place of a zip archive stand its members; the archive itself where nothing of it can be read.
+    """
+    found = (Path(folder, name) for folder, names in _walked(source) for name in names)
+    within = (inner for path in found for inner in (_members(path) if _is_archive(path) else (path,)))
+    return sorted(PurePosixPath(path.relative_to(source)) for path in within)
+
+
+def _walked(source: Path) -> Iterator[tuple[str, list[str]]]:
+    for folder, inner, names in os.walk(source):
+        inner[:] = [name for name in inner if name != INCOMING]
+        yield folder, names
+
+
+def _is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(zips.ENDING) and path.is_file()
+
+
+def _members(archive: Path) -> list[Path]:
+    try:
+        return [archive / name for name in reader.members(archive)]
+    except (OSError, UnusableError):
+        return [archive]
 
 
 def _file_key(secret: bytes, relative: PurePosixPath) -> str:

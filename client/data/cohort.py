@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from client.data import dicom, images, kspace
+from client.data import dicom, images, kspace, reader
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
 from client.data.labels import StudyLabels
@@ -371,10 +371,10 @@ class _Builder:
 
     def _status(self, file: File) -> tuple[int, int]:
         try:
-            status = self._path(file).stat()
-        except OSError as error:
+            status = reader.status(self._path(file))
+        except (OSError, UnusableError) as error:
             raise UnusableError(Reason.FILE_GONE) from error
-        return status.st_size, status.st_mtime_ns
+        return status.size, status.mtime_ns
 
     def _path(self, file: File) -> Path:
         if file.key not in self._paths:

@@ -29,7 +29,16 @@ from client.data.stacks import (
     volumes,
 )
 
-__all__ = ["Stack", "attribute", "inspect", "read_segmentation", "read_series", "read_structures", "read_volumes"]
+__all__ = [
+    "Stack",
+    "attribute",
+    "identity",
+    "inspect",
+    "read_segmentation",
+    "read_series",
+    "read_structures",
+    "read_volumes",
+]
 
 _KINDS = {"image": Kind.DICOM, "segmentation": Kind.SEGMENTATION, "structures": Kind.STRUCTURES}
 
@@ -68,6 +77,18 @@ def inspect(path: Path, secret: bytes) -> Facts:
             n_planes=int(said["n_planes"]),
             says_burned_in=bool(said["says_burned_in"]),
         )
+
+
+def identity(path: Path) -> tuple[str, str, str]:
+    """UIDs of study, series and object as the file has them, unchecked; whatever kind it is of.
+
+    Raises
+    ------
+    UnusableError
+        If the file is no DICOM or damaged.
+    """
+    study, series, instance = reader.ask("identity", path).facts["uids"]
+    return str(study), str(series), str(instance)
 
 
 def _scanner(said: dict[str, Any]) -> str | None:

@@ -7,13 +7,12 @@ words; what they mean is decided by ``dicom`` and ``stacks``.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import struct
 import zlib
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +26,7 @@ from pydicom.uid import UID
 
 from client.data.scan import MAX_SIDE
 from client.data.skips import Reason, UnusableError, unusable
+from client.data.zips import ALWAYS_ALLOWED, MAX_INFLATED, open_file
 
 # pydicom's log quotes values of the header and tracebacks of decoders; what a reader needs is the counted reason.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
@@ -34,17 +34,11 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 Facts = dict[str, Any]
 """What can be written as JSON."""
 
-MAX_INFLATED = 200
-"""A deflated data set that grows by more than this is an attack on memory; real images shrink to a third."""
-
 MAX_SQUEEZED = 4096
-"""The same for compressed pixels: an even plane of JPEG 2000 comes to about 2,600."""
+"""More than this is an attack on memory in compressed pixels: an even plane of JPEG 2000 comes to about 2,600."""
 
 HEAD = 65_536
 """How much of a file is read at once; most headers end within [bytes]."""
-
-ALWAYS_ALLOWED = 64 * 2**20
-"""Bytes of pixels that any file may claim [bytes]."""
 
 MAX_FRAMES = 100_000
 
@@ -108,8 +102,9 @@ def opened(path: Path, tags: list[Any]) -> Opened:
     UnusableError
         If the file is no DICOM or damaged.
     """
-    with unusable(Reason.DAMAGED), path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with unusable(Reason.DAMAGED), open_file(path) as file:
+        size = file.seek(0, SEEK_END)
+        file.seek(0)
         head = file.read(HEAD)
         _require_dicom(head[:144])
         if (quickly := _walked(head, tags)) is not None:
@@ -123,7 +118,7 @@ def opened(path: Path, tags: list[Any]) -> Opened:
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
             at = file.tell()
         is_implicit, is_little = header.original_encoding
-        pixels_at = _pixels_at(file, at, size, syntax, header)
+        pixels_at = None if isinstance(file, BytesIO) else _pixels_at(file, at, size, syntax, header)
         return Opened(header, syntax, bool(is_implicit), bool(is_little), size - at, pixels_at)
 
 
@@ -135,10 +130,13 @@ def _walked(head: bytes, tags: list[Any]) -> tuple[Dataset, UID, int] | None:
     """
     if head[128:132] != b"DICM":
         return None
-    meta = _elements(head, 132, frozenset({0x00020010}), is_implicit=False, end=0x00030000)
+    meta = _elements(head, 132, frozenset({0x00020002, 0x00020010}), is_implicit=False, end=0x00030000)
     named = None if meta is None else meta[0].get(BaseTag(0x00020010))
     if meta is None or named is None or named.value is None:
         return None
+    kind = meta[0].get(BaseTag(0x00020002))
+    if kind is not None and (kind.value or b"").rstrip(b"\0 ") == uid.MediaStorageDirectoryStorage.encode():
+        raise UnusableError(Reason.DIRECTORY)
     syntax = UID(named.value.decode("ascii").rstrip("\0 "))
     if not syntax.is_transfer_syntax or not syntax.is_little_endian or syntax.is_deflated:
         return None
@@ -401,6 +399,13 @@ def is_grid(header: Dataset) -> bool:
 def _n_planes(header: Dataset) -> int:
     frames = int(header.get("NumberOfFrames") or 1)
     return 2 if frames == 1 and (is_mosaic(header) or is_grid(header)) else max(frames, 1)
+
+
+def identity(path: Path) -> Facts:
+    """UIDs of study, series and object; whatever kind it is of."""
+    file = opened(path, list(_IDENTITY))
+    with unusable(Reason.DAMAGED):
+        return {"uids": [text(file.header, name) for name in _IDENTITY]}
 
 
 def attribute(path: Path, keyword: str) -> Facts:

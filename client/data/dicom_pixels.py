@@ -39,6 +39,7 @@ from client.data.dicom_files import (
     text,
 )
 from client.data.skips import Reason, UnusableError, unusable
+from client.data.zips import open_file
 
 Share = Callable[[tuple[int, ...], str], NDArray[Any]]
 """Gives an array of a shape and dtype whose contents the asking process sees."""
@@ -92,7 +93,7 @@ def _with_frames(path: Path, file: Opened) -> tuple[Dataset, UID]:
     is_plain = not header.get("ModalityLUTSequence") and header.get("PhotometricInterpretation") != "PALETTE COLOR"
     if not (is_plain and is_squeezed(file.syntax) and file.syntax != DEFLATED_FRAMES and not file.is_implicit):
         return _whole(path)
-    with path.open("rb") as stream:
+    with open_file(path) as stream:
         stream.seek(-file.after, os.SEEK_END)
         element = stream.read()
     if element[:12] != _ENCAPSULATED:
@@ -106,10 +107,12 @@ _ENCAPSULATED = b"\xe0\x7f\x10\x00OB\0\0\xff\xff\xff\xff"
 
 
 def _whole(path: Path) -> tuple[Dataset, UID]:
-    with path.open("rb") as file:
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         syntax = syntax_of(file)
         if syntax == uid.DeflatedExplicitVRLittleEndian:
-            _, image = inflated(file, path.stat().st_size, None)
+            _, image = inflated(file, size, None)
             image.file_meta = pydicom.dataset.FileMetaDataset()
             image.file_meta.TransferSyntaxUID = UID(uid.ExplicitVRLittleEndian)
             return image, UID(uid.ExplicitVRLittleEndian)

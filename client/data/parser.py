@@ -58,7 +58,7 @@ def _send(replies: BinaryIO, reply: dict[str, Any], arrays: list[NDArray[Any]]) 
 
 def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[str, Callable[..., Any]]:
     """What can be asked, by name; research formats are imported when the first of them comes."""
-    from client.data import dicom_files, dicom_pixels, dicom_planes
+    from client.data import dicom_files, dicom_pixels, dicom_planes, zips
 
     def whole(values: NDArray[Any]) -> None:
         share(values.shape, values.dtype.str)[...] = values
@@ -94,10 +94,12 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
+        "identity": lambda path: dicom_files.identity(Path(path)),
         "layouts": layouts,
         "pixels": lambda path: dicom_pixels.pixels(Path(path), share),
         "segmentation": lambda path: dicom_pixels.segmentation(Path(path), share),
         "structures": lambda path: dicom_pixels.structures(Path(path)),
+        "members": lambda path: {"members": zips.members(Path(path))},
         "nifti header": nifti_header,
         "nifti": nifti,
         "picture header": picture_header,

@@ -21,12 +21,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from filecmp import cmp
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data import zips
 from client.data.parser import MOST_BYTES
 from client.data.skips import Reason, UnusableError
 from shared_models.errors import FederadError
@@ -62,6 +66,16 @@ class Reply:
 
     facts: dict[str, Any]
     arrays: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class Status:
+    """Size and time of a file, or of a member of an archive, which has the archive's time."""
+
+    size: int
+    mtime_ns: int
+    crc: int | None = None
+    """Checksum (CRC-32) of a member."""
 
 
 class _GoneError(Exception):
@@ -273,7 +287,7 @@ def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
         If the file cannot be used, whatever the reason.
     """
     try:
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(status(path).size for path in paths)
     except OSError as error:
         raise UnusableError(Reason.NOT_OPENED) from error
     names = [os.fspath(path.absolute()) for path in paths]
@@ -282,6 +296,57 @@ def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
     place: dict[str, Any] = {"paths": names} if what == "layouts" else {"path": names[0]}
     with _pool.one() as reader:
         return reader.ask(what, size=size, **place, **arguments)
+
+
+def members(archive: Path) -> dict[str, Status]:
+    """What a zip archive holds, by name; those that are not read, too.
+
+    Raises
+    ------
+    UnusableError
+        If nothing of it can be read; OSError if it is not there.
+    """
+    status = archive.stat()
+    return _members(archive, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _members(archive: Path, size: int, mtime_ns: int) -> dict[str, Status]:
+    listed = ask("members", archive).facts["members"]
+    return {one["name"]: Status(int(one["size"]), mtime_ns, int(one["crc"])) for one in listed}
+
+
+def status(path: Path) -> Status:
+    """Size and time of a file or a member; OSError or UnusableError if it is not there."""
+    try:
+        found = path.stat()
+        return Status(found.st_size, found.st_mtime_ns)
+    except NotADirectoryError:
+        archive = zips.archive_of(path)
+    try:
+        return members(archive)[path.relative_to(archive).as_posix()]
+    except KeyError:
+        raise UnusableError(Reason.NOT_OPENED) from None
+
+
+def same_bytes(a: Path, b: Path) -> bool:
+    """Whether two files hold the same, as far as the checksum of an archive's member tells; OSError, UnusableError."""
+    first, second = status(a), status(b)
+    if first.size != second.size:
+        return False
+    if first.crc is None and second.crc is None:
+        return cmp(a, b, shallow=False)
+    return _checksum(a, first) == _checksum(b, second)
+
+
+def _checksum(path: Path, found: Status) -> int:
+    if found.crc is not None:
+        return found.crc
+    total = 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            total = crc32(part, total)
+    return total
 
 
 def _is_text(name: str) -> bool:

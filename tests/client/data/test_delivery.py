@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
@@ -13,6 +10,7 @@ from urllib.request import urlopen
 import numpy as np
 import pydicom
 import pytest
+from archives import needs_orthanc, orthanc
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from operators import free_port
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, SegmentationStorage
@@ -27,8 +25,6 @@ from client.site import Pacs, SiteConfig
 from client.station import Station
 from shared_models.errors import FederadError
 from shared_models.signing import public_pem
-
-ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/bin")
 
 
 @contextmanager
@@ -119,38 +115,13 @@ class TestConfiguration:
 
 
 @pytest.mark.system
-@pytest.mark.skipif(ORTHANC is None, reason="Orthanc is not installed: apt-get install orthanc orthanc-dicomweb")
+@needs_orthanc
 class TestOrthanc:
     @pytest.fixture(scope="class")
     def server(self, tmp_path_factory):
-        """Orthanc as Debian packages it, with its DICOMweb plugin: the address of its REST service and its DICOM port."""
-        folder = tmp_path_factory.mktemp("orthanc")
-        http, dicom = free_port(), free_port()
-        configuration = {
-            "StorageDirectory": str(folder / "storage"),
-            "HttpPort": http,
-            "DicomPort": dicom,
-            "DicomAet": "ORTHANC",
-            "DicomCheckCalledAet": True,
-            "AuthenticationEnabled": False,
-            "Plugins": [str(p) for p in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
-            "DicomWeb": {"Enable": True},
-        }
-        (folder / "orthanc.json").write_text(json.dumps(configuration))
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([ORTHANC, folder / "orthanc.json"], stdout=log, stderr=log, cwd=folder)
-        try:
-            for _ in range(150):
-                time.sleep(0.2)
-                try:
-                    urlopen(f"http://127.0.0.1:{http}/system").close()
-                    break
-                except OSError:
-                    assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            yield f"http://127.0.0.1:{http}", dicom
-        finally:
-            process.terminate()
-            process.wait(30)
+        """The address of Orthanc's REST service and its DICOM port."""
+        with orthanc(tmp_path_factory.mktemp("orthanc")) as server:
+            yield server
 
     @pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
     def test_prediction_is_found_in_the_archive_beside_its_images(self, server, way, write_series, tmp_path):

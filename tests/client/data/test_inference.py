@@ -168,6 +168,19 @@ class TestSegmentation:
         assert order(3) == (1, 2, 0)
         assert order(9) == ()
 
+    def test_study_in_an_archive_is_referred_to_by_its_images(self, site, released, write_series, tmp_path):
+        """
+        The zip file itself can be given.
+        """
+        series = write_series(tmp_path / "study", values((2, 20, 24)), shuffle=1)
+        shutil.make_archive(str(tmp_path / "export"), "zip", series.folder)
+
+        made = predict(site, released(), tmp_path / "export.zip", tmp_path / "out")
+
+        (referred,) = pydicom.dcmread(made.folder / "segmentation.dcm").ReferencedSeriesSequence
+        uids = {one.ReferencedSOPInstanceUID for one in referred.ReferencedInstanceSequence}
+        assert uids == {one.SOPInstanceUID for one in series.datasets}
+
     def test_study_in_which_nothing_is_found_gives_an_empty_segmentation(self, site, released, write_series, tmp_path):
         """
         Which is said, and can be read.
