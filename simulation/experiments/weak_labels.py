@@ -1,0 +1,85 @@
+"""What share of the brain lesions are, from intervals that a reader wrote: a loss for proportions against plain regression.
+
+The network is the same, the labels are the same intervals. With the loss for proportions the number is the mean of the
+probabilities of places and an answer within the interval costs nothing; plain regression reads the number off the mean of
+the features and draws it to the interval's middle (the comparison of Bortsova et al. 2018, arXiv:1807.08601). Two hospitals
+have 50 or 100 patients in all, nearly all of whom train; agreement is measured at hospitals that train nothing, with the
+same scanners, on all of their patients together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import simulation
+from shared_models.plan import Plan
+from simulation.experiments.harness import Experiment, Results, claim, row
+
+N_SITES = 2
+PATIENTS = (50, 100)
+"""At both sites together."""
+
+LOSSES = ("proportion", "squared")
+
+SCANNERS = ("siemens-t1gd-3t", "ge-t2-1.5t")
+"""Of the sites; each is met again at two hospitals that train nothing."""
+
+ELSEWHERE = "patients of hospitals that train nothing"
+
+
+def arms(*, quick: bool) -> dict[str, Plan]:
+    """The example plan with either loss, at few patients and at more; ``quick`` takes half of the rounds."""
+    base = Plan.load(Path(simulation.__path__[0]) / "plans" / "quantification.toml")
+    if quick:
+        base = base.model_copy(update={"rounds": base.rounds // 2})
+    return {f"{loss}-{n}": _with(base, loss, n) for n in PATIENTS for loss in LOSSES}
+
+
+def _with(base: Plan, loss: str, n_patients: int) -> Plan:
+    """The plan with this loss and so many patients; twice as many passes over half of them make as many steps."""
+    tables = base.model_dump(mode="json", exclude_none=True)
+    return base.model_copy(
+        update={
+            "training": base.training.model_copy(
+                update={"loss": loss, "epochs": base.training.epochs * max(PATIENTS) // n_patients}
+            ),
+            "data": base.data.model_validate(
+                {**base.data.model_dump(), "split": {"train": 0.9, "validation": 0.05, "test": 0.05}}
+            ),
+            "simulation": base.simulation.model_validate(
+                tables["simulation"]
+                | {"patients": n_patients // N_SITES, "scanners": SCANNERS, "unseen": SCANNERS * 2}
+                | {"prevalence": tuple(tables["simulation"]["prevalence"])}
+            ),
+        }
+    )
+
+
+def agreement_of(results: Results, loss: str, n_patients: int) -> list[float]:
+    """ICC of all patients elsewhere together, one for each seed."""
+    return [result["scanners"]["unseen_mean"]["icc"] for result in results[f"{loss}-{n_patients}"]]
+
+
+def evaluate(results: Results) -> dict[str, Any]:
+    """ICC with either loss, and how much the loss for proportions gains."""
+    rows, claims = [], []
+    for n in PATIENTS:
+        ours, plain = (agreement_of(results, loss, n) for loss in LOSSES)
+        for loss, values in zip(LOSSES, (ours, plain), strict=True):
+            rows.append(row(f"{loss}, {n} patients", "icc", ELSEWHERE, values))
+        gain = [a - b for a, b in zip(ours, plain, strict=True)]
+        text = f"ICC of the loss for proportions - ICC of plain regression, {n} patients"
+        claims.append(claim(f"icc_gain_{n}", text, gain, at_least=0.0))
+    return {"rows": rows, "claims": claims}
+
+
+WEAK_LABELS = Experiment(
+    name="weak-labels",
+    title="How much is affected, from the intervals of readers: a loss for proportions against plain regression",
+    seeds=(0, 1, 2),
+    n_sites=N_SITES,
+    arms=arms,
+    evaluate=evaluate,
+    compares=False,
+)
