@@ -494,7 +494,7 @@ def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[list[_Ro
 
 def _write_patient(assignment: _Assignment) -> list[_Row]:
     """All studies of a patient; a row for each whose number is written down."""
-    rows = []
+    rows: list[_Row] = []
     for study in range(1, assignment.patient.n_studies + 1):
         anatomy = (_write_study if assignment.n_coils is None else _write_kspace)(assignment, study)
         if assignment.number is not None and not assignment.is_unlabelled:

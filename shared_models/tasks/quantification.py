@@ -100,6 +100,16 @@ class Quantification(Classification):
             return F.softplus(evidence + torch.log(torch.expm1(share))).sum(1)
         return torch.sigmoid(evidence + float(np.log(usual / (1 - usual)))).mean(1)
 
+    @property
+    def formula(self) -> str:
+        """What :meth:`numbers` does, for a reader of an exported model; ``e`` is the second map less the first."""
+        usual = USUAL[self.target]
+        if self.loss_name == "squared":
+            return f"{usual:g} * (1 + mean(e)) over space, e = second - first"
+        if self.loss_name == "poisson":
+            return f"sum(log(1 + exp(e) * (exp({usual:g} / n) - 1))) over the n places in space, e = second - first"
+        return f"mean(1 / (1 + exp(-e) * {(1 - usual) / usual:g})) over space, e = second - first"
+
     def number(self, prediction: NDArray[np.generic]) -> float:
         """The number of a volume whose maps :meth:`predict` gave: a count, or a share from 0 to 1."""
         maps = torch.from_numpy(np.asarray(prediction, np.float64))

@@ -57,6 +57,19 @@ class TestNumber:
         assert float(task.numbers(maps_of(number, task))) == pytest.approx(number)
         assert float(task.numbers(torch.zeros(1, 2, 3, 4))) == pytest.approx(USUAL[target], rel=1e-4)
 
+    @pytest.mark.parametrize(("target", "loss", "number"), CASES)
+    def test_formula_says_what_is_done(self, target, loss, number):
+        """
+        What an exported model's reader is told, worked out in NumPy, is the number.
+        """
+        task = task_with(target, loss=loss)
+        maps = np.random.default_rng(0).normal(size=(2, 12))
+        said = task.formula.partition(" over ")[0]
+        names = {"e": maps[1] - maps[0], "n": 12, "exp": np.exp, "log": np.log, "mean": np.mean, "sum": np.sum}
+
+        by_hand = eval(said, {"__builtins__": {}}, names)
+        assert float(task.numbers(torch.from_numpy(maps)[None])) == pytest.approx(by_hand, rel=1e-5)
+
     def test_share_that_is_affected_is_the_mean_over_places(self):
         """
         A quarter of the places certain, the others certainly not: a quarter.

@@ -110,6 +110,7 @@ class TestRun:
         assert all({"ratio", "absolute_error"} <= values.keys() for values in result["test"]["per_site"].values())
         assert "ICC is the agreement" in page
         assert "taken for" in page
+        assert "Numbers beside the reference" in page
         with np.load(folder / "pictures.npz") as arrays:
             assert any(name.endswith("/heat") for name in arrays)
 
