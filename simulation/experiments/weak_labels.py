@@ -9,6 +9,7 @@ same scanners, on all of their patients together.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,6 @@ PATIENTS = (50, 100)
 """At both sites together."""
 
 LOSSES = ("proportion", "squared")
-
-SCANNERS = ("siemens-t1gd-3t", "ge-t2-1.5t")
-"""Of the sites; each is met again at two hospitals that train nothing."""
 
 ELSEWHERE = "patients of hospitals that train nothing"
 
@@ -38,22 +36,11 @@ def arms(*, quick: bool) -> dict[str, Plan]:
 
 def _with(base: Plan, loss: str, n_patients: int) -> Plan:
     """The plan with this loss and so many patients; twice as many passes over half of them make as many steps."""
-    tables = base.model_dump(mode="json", exclude_none=True)
-    return base.model_copy(
-        update={
-            "training": base.training.model_copy(
-                update={"loss": loss, "epochs": base.training.epochs * max(PATIENTS) // n_patients}
-            ),
-            "data": base.data.model_validate(
-                {**base.data.model_dump(), "split": {"train": 0.9, "validation": 0.05, "test": 0.05}}
-            ),
-            "simulation": base.simulation.model_validate(
-                tables["simulation"]
-                | {"patients": n_patients // N_SITES, "scanners": SCANNERS, "unseen": SCANNERS * 2}
-                | {"prevalence": tuple(tables["simulation"]["prevalence"])}
-            ),
-        }
-    )
+    tables = json.loads(base.canonical_json())
+    tables["training"] |= {"loss": loss, "epochs": base.training.epochs * max(PATIENTS) // n_patients}
+    tables["data"]["split"] = {"train": 0.9, "validation": 0.05, "test": 0.05}
+    tables["simulation"] |= {"patients": n_patients // N_SITES, "unseen": list(base.simulation.scanners) * 2}
+    return Plan.from_tables(tables)
 
 
 def agreement_of(results: Results, loss: str, n_patients: int) -> list[float]:
