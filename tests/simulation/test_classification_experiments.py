@@ -93,4 +93,5 @@ class TestWeakLabels:
         assert {plan.training.epochs * plan.simulation.patients for plan in plans.values()} == {50}
         for arm, plan in plans.items():
             assert arm.startswith(plan.training.loss)
+            assert plan.strategy.minimum_sites <= weak_labels.N_SITES
             assert Plan.from_tables(json.loads(plan.canonical_json())) == plan

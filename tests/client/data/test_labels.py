@@ -11,6 +11,7 @@ from pydicom import dcmread
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.skips import Reason
+from client.readiness import Readiness, against
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 
@@ -164,6 +165,17 @@ class TestNumbers:
         for cohort in (built, opened):
             assert self.intervals(cohort) == {(0.05, 0.1): 2, (0.0, 0.0): 1, (0.2, 1.0): 1}
             assert reasons(cohort) == {Reason.LABEL_UNKNOWN: 1}
+
+    def test_page_of_a_check_counts_who_has_any(self, build, folder):
+        """
+        Studies without and with, in the plan's word.
+        """
+        table(folder, "P-0,0.05-0.10", "P-1,0", "P-2,0", "P-3,0-0.01")
+        found = Readiness("site", "data", "cpu", "none", 1.0)
+        against(found, self.plan(), build(folder, self.plan()))
+
+        assert found.labels_are_of_studies
+        assert found.labels == {"no lesion": 2, "lesion": 3}
 
     def test_what_is_no_such_number_is_skipped_and_counted(self, build, folder):
         """
