@@ -3,8 +3,8 @@
 The network is the same, the labels are the same intervals. With the loss for proportions the number is the mean of the
 probabilities of places and an answer within the interval costs nothing; plain regression reads the number off the mean of
 the features and draws it to the interval's middle (the comparison of Bortsova et al. 2018, arXiv:1807.08601). Two hospitals
-have 50 or 100 patients in all, nearly all of whom train; agreement is measured at hospitals that train nothing, with the
-same scanners, on all of their patients together.
+train on 50 or 100 patients in all, which is half of those they have; agreement is measured at four hospitals that train
+nothing, with the same scanners, on all of their test patients together: twice as many as train.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from simulation.experiments.harness import Experiment, Results, claim, row
 
 N_SITES = 2
 PATIENTS = (50, 100)
-"""At both sites together."""
+"""Who train, at both sites together; places are drawn, so it is about so many."""
 
 LOSSES = ("proportion", "squared")
 
-ELSEWHERE = "patients of hospitals that train nothing"
+ELSEWHERE = "test patients of hospitals that train nothing"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
@@ -38,8 +38,8 @@ def _with(base: Plan, loss: str, n_patients: int) -> Plan:
     """The plan with this loss and so many patients; twice as many passes over half of them make as many steps."""
     tables = json.loads(base.canonical_json())
     tables["training"] |= {"loss": loss, "epochs": base.training.epochs * max(PATIENTS) // n_patients}
-    tables["data"]["split"] = {"train": 0.9, "validation": 0.05, "test": 0.05}
-    tables["simulation"] |= {"patients": n_patients // N_SITES, "unseen": list(base.simulation.scanners) * 2}
+    tables["data"]["split"] = {"train": 0.5, "validation": 0.0, "test": 0.5}
+    tables["simulation"] |= {"patients": 2 * n_patients // N_SITES, "unseen": list(base.simulation.scanners) * 2}
     return Plan.from_tables(tables)
 
 

@@ -90,7 +90,7 @@ class TestWeakLabels:
         plans = weak_labels.arms(quick=False)
 
         assert {plan.task for plan in plans.values()} == {next(iter(plans.values())).task}
-        assert {plan.training.epochs * plan.simulation.patients for plan in plans.values()} == {50}
+        assert {plan.training.epochs * plan.simulation.patients for plan in plans.values()} == {100}
         for arm, plan in plans.items():
             assert arm.startswith(plan.training.loss)
             assert plan.strategy.minimum_sites <= weak_labels.N_SITES
