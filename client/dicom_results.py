@@ -145,8 +145,35 @@ def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Data
     """
     from highdicom import sr
 
-    sources = _sources(case)
     best = next(row["label"] for row in measures if row["most_probable"])
+    measurements = [
+        sr.Measurement(
+            name=_probability_code(row["label"]), value=round(row["probability"], 6), unit=codes.UCUM.NoUnits
+        )
+        for row in measures
+    ]
+    finding = sr.QualitativeEvaluation(
+        name=Code("most-probable-label", OWN_SCHEME, "Most probable label"), value=code_of(best)[1]
+    )
+    procedure = Code("image-classification", OWN_SCHEME, "Classification of images by a learned model")
+    return _report(case, measurements, [finding], procedure)
+
+
+def number_report(case: Case, label: str, target: str, number: float) -> Dataset:
+    """A measurement report with one number of a study: a count, or a proportion from 0 to 1."""
+    from highdicom import sr
+
+    name = Code(f"{target}-{file_name(label)}", OWN_SCHEME, f"{target.capitalize()}: {label}"[:64])
+    measurement = sr.Measurement(name=name, value=round(number, 6), unit=codes.UCUM.NoUnits)
+    procedure = Code("image-quantification", OWN_SCHEME, "Quantification of images by a learned model")
+    return _report(case, [measurement], None, procedure)
+
+
+def _report(case: Case, measurements: Sequence[Any], evaluations: Sequence[Any] | None, procedure: Code) -> Dataset:
+    """A measurement report (TID 1500) of what was measured on all images of a study."""
+    from highdicom import sr
+
+    sources = _sources(case)
     algorithm = sr.AlgorithmIdentification(
         name=case.model.plan.name,
         version=case.model.release.sha256[:12],
@@ -156,17 +183,8 @@ def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Data
     group = sr.MeasurementsAndQualitativeEvaluations(
         tracking_identifier=sr.TrackingIdentifier(uid=generate_uid(), identifier=case.model.name),
         algorithm_id=algorithm,
-        measurements=[
-            sr.Measurement(
-                name=_probability_code(row["label"]), value=round(row["probability"], 6), unit=codes.UCUM.NoUnits
-            )
-            for row in measures
-        ],
-        qualitative_evaluations=[
-            sr.QualitativeEvaluation(
-                name=Code("most-probable-label", OWN_SCHEME, "Most probable label"), value=code_of(best)[1]
-            )
-        ],
+        measurements=measurements,
+        qualitative_evaluations=evaluations,
         source_images=[sr.SourceImageForMeasurementGroup(one.SOPClassUID, one.SOPInstanceUID) for one in sources],
     )
     observer = sr.ObserverContext(
@@ -177,7 +195,7 @@ def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Data
     )
     report = sr.MeasurementReport(
         observation_context=sr.ObservationContext(observer_device_context=observer),
-        procedure_reported=Code("image-classification", OWN_SCHEME, "Classification of images by a learned model"),
+        procedure_reported=procedure,
         imaging_measurements=[group],
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources,

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 WRITERS = {
     "segmentation": "client.findings_segmentation:write",
     "classification": "client.findings_classification:write",
+    "quantification": "client.findings_quantification:write",
 }
 """For each kind of task what makes files, measures and pictures of a prediction: ``write(case, folder, on_progress)``."""
 

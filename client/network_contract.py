@@ -95,7 +95,8 @@ def _volume(plan: Plan, seed: int) -> Volume:
     image = rng.normal(size=(plan.image_channels, *sides)).astype(np.float32) + label
     foreground = np.argwhere(label > 0).astype(np.int32)
     category = seed % len(plan.task.labels) if plan.task.labels else None
-    return Volume(image.astype(np.float32), label, foreground, (1.0, 1.0, 1.0), category)
+    interval = (0.3 + 0.1 * (seed % 6), 0.35 + 0.1 * (seed % 6))
+    return Volume(image.astype(np.float32), label, foreground, (1.0, 1.0, 1.0), category, interval)
 
 
 def _only(batch: Batch, i: int) -> Batch:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 COLUMNS = {
     "label": "",
     "probability": "probability",
+    "count": "number",
+    "proportion": "share of the image, 0 to 1",
     "volume_ml": "volume [ml]",
     "pixels": "voxels",
     "lesions": "separate parts",

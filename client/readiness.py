@@ -140,6 +140,13 @@ def against(found: Readiness, plan: Plan, cohort: Cohort) -> None:
     if categories:
         found.labels = {name: float(categories.count(n)) for n, name in enumerate(plan.task.labels)}
         return
+    intervals = [volume.interval for volume in volumes if volume.interval is not None]
+    if intervals:
+        found.labels_are_of_studies = True
+        n_without = sum(high == 0 for _, high in intervals)
+        (name,) = plan.task.named_labels
+        found.labels = {f"no {name}": float(n_without), name: float(len(intervals) - n_without)}
+        return
     counts = np.zeros(256)
     for volume in volumes:
         if volume.label is not None:

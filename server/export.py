@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.release import CARD, CARD_PAGE, MANIFEST, MODEL, Card, Release
-from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, WITH_NUMBERS
 from shared_models.tasks.classification import SHARPNESS, as_seen
+from shared_models.tasks.quantification import Quantification
 from shared_models.tasks.segmentation import OVERLAP, WINDOWS_AT_ONCE
 
 TOLERANCE = 1e-4
@@ -274,6 +275,8 @@ def _onnx_metadata(release: Release, plan: Plan) -> dict[str, str]:
 def _output_in_words(plan: Plan) -> str:
     if plan.task.kind not in OF_WHOLE_STUDIES:
         return "logits; the label of a voxel is the index of the largest"
+    if plan.task.kind in WITH_NUMBERS:
+        return f"maps of {' and of '.join(plan.task.labels)}; the {plan.task.target} is {Quantification(plan).formula}"
     sharpness = plan.task.sharpness or SHARPNESS
     pooling = f"log(mean(exp({sharpness:g} * map))) / {sharpness:g} over space"
     return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies"

@@ -39,7 +39,6 @@ from shared_models.release import (
     write_durably,
 )
 from shared_models.signing import fingerprint
-from shared_models.tasks import OF_WHOLE_STUDIES
 from shared_models.wire import CHUNK_BYTES
 
 if TYPE_CHECKING:  # torch and Flower are loaded where a release is made, not where one is listed or handed out
@@ -325,7 +324,7 @@ def _card_sites(
 
 
 def _intended_use(plan: Plan) -> str:
-    data, labels = plan.data, ", ".join(plan.task.labels[plan.task.kind not in OF_WHOLE_STUDIES :])
+    data, labels = plan.data, ", ".join(plan.task.named_labels)
     grid = "volumes" if data.dimensions == 3 else "planes"
     spacing = f" on a grid of {' x '.join(f'{mm:g}' for mm in data.spacing_mm)} mm" if data.spacing_mm else ""
     return (

@@ -137,7 +137,7 @@ def sample_of(task: Task, volume: Volume, rng: np.random.Generator) -> Sample:
     plan = task.plan
     has_reference = not plan.takes_unlabelled or _has_reference(volume, task)
     if not has_reference:
-        volume = replace(volume, label=np.zeros(volume.image.shape[1:], np.uint8), category=0)
+        volume = replace(volume, label=np.zeros(volume.image.shape[1:], np.uint8), category=0, interval=(0.0, 0.0))
     sample = task.draw(volume, rng)
     if plan.adaptation is not None and plan.adaptation.appearance:
         sample = task.in_another_light(sample, partial(randomised, rng=rng))
@@ -145,8 +145,10 @@ def sample_of(task: Task, volume: Volume, rng: np.random.Generator) -> Sample:
 
 
 def _has_reference(volume: Volume, task: Task) -> bool:
-    from shared_models.tasks import OF_WHOLE_STUDIES
+    from shared_models.tasks import OF_WHOLE_STUDIES, WITH_NUMBERS
 
+    if task.plan.task.kind in WITH_NUMBERS:
+        return volume.interval is not None
     return (volume.category if task.plan.task.kind in OF_WHOLE_STUDIES else volume.label) is not None
 
 

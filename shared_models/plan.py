@@ -22,7 +22,7 @@ from shared_models.errors import FederadError
 from shared_models.networks import NETWORKS, NETWORKS_FOR, NETWORKS_FOR_ANY_SIZE, NOT_BY_IMAGE, WITH_NORMS
 from shared_models.registry import one_of
 from shared_models.scanners import MAKERS, OTHER, parse_scanner
-from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, TASKS
+from shared_models.tasks import OF_KSPACE, TASKS, WITH_BACKGROUND, WITH_NUMBERS
 
 NOT_YET = ("secure_sum",)
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
@@ -34,18 +34,18 @@ WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per
 """Keys of ``[training]`` that have no meaning under ``[privacy]``, and the key there that takes their place."""
 
 READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
-    ("task", "label_attribute"): ("classification",),
+    ("task", "label_attribute"): ("classification", "quantification"),
     ("task", "residual_units"): (
         *("unet", "segresnet", "dynunet", "resnet", "densenet", "efficientnet"),
         *("varnet", "image-unet"),
     ),
     ("task", "dropout"): ("segmentation", "resnet", "scan-plane", "densenet"),
     ("task", "sharpness"): ("classification",),
-    ("task", "target"): ("classification",),
+    ("task", "target"): ("classification", "quantification"),
     ("task", "views"): ("classification",),
     ("training", "foreground"): ("segmentation",),
     ("training", "balanced"): ("classification",),
-    ("training", "loss"): ("segmentation",),
+    ("training", "loss"): ("segmentation", "quantification"),
     ("training", "class_weights"): ("segmentation", "classification"),
     ("task", "reference"): ("reconstruction",),
     ("task", "mask"): ("reconstruction",),
@@ -58,6 +58,13 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("data", "simulated"): ("reconstruction",),
 }
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
+
+LOSSES: dict[str, tuple[str, ...]] = {
+    "segmentation": ("dice-ce", "dice", "binary-dice", "cross-entropy", "focal"),
+    "count": ("poisson", "squared"),
+    "proportion": ("proportion", "squared"),
+}
+"""Losses of a kind of task, or of what is quantified; the first is taken where a plan names none."""
 
 KEYS_OF_STRATEGY: dict[str, tuple[tuple[str, ...], float | None]] = {
     "proximal_mu": (("fedprox",), 0.01),
@@ -105,7 +112,8 @@ class TaskTable(_Table):
     )
     labels: Annotated[tuple[str, ...], AfterValidator(_none_or_several)] = Field(
         max_length=256,
-        description='names of the label values 0, 1, ..., at least 2: in segmentation the first is "background"',
+        description="names of the label values 0, 1, ..., at least 2: in segmentation and quantification the first is "
+        '"background"',
     )
     network: Annotated[str, AfterValidator(one_of(NETWORKS))] = Field(
         description=f"the network, one of: {', '.join(NETWORKS)}"
@@ -129,8 +137,10 @@ class TaskTable(_Table):
         le=100,
         description="of the pooling of class maps: near 0 for the mean, 100 for nearly the maximum; leave it out for 1",
     )
-    target: Literal["nominal", "ordinal"] | None = Field(
-        default=None, description='"ordinal" where the labels are in order, such as grades; leave it out for "nominal"'
+    target: Literal["nominal", "ordinal", "count", "proportion"] | None = Field(
+        default=None,
+        description='of classification: "ordinal" where the labels are in order, such as grades; leave it out for '
+        '"nominal". Of quantification: "count" or "proportion"',
     )
     views: Literal["orthogonal"] | None = Field(
         default=None,
@@ -174,7 +184,7 @@ class TaskTable(_Table):
     @property
     def named_labels(self) -> tuple[str, ...]:
         """What a person would say is learned: all labels, but for the background of what is drawn."""
-        return self.labels if self.kind in OF_WHOLE_STUDIES else self.labels[1:]
+        return self.labels[1:] if self.kind in WITH_BACKGROUND else self.labels
 
 
 class SplitTable(_Table):
@@ -240,9 +250,12 @@ class TrainingTable(_Table):
     foreground: float = Field(
         default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1"
     )
-    loss: Literal["dice-ce", "dice", "binary-dice", "cross-entropy", "focal"] | None = Field(
+    loss: (
+        Literal["dice-ce", "dice", "binary-dice", "cross-entropy", "focal", "poisson", "proportion", "squared"] | None
+    ) = Field(
         default=None,
-        description='"dice", "binary-dice" for two labels, "cross-entropy", "focal", or leave it out for "dice-ce"',
+        description='of segmentation "dice", "binary-dice" for two labels, "cross-entropy", "focal", or leave it out for '
+        '"dice-ce"; of quantification "squared", or leave it out for "poisson" of counts and "proportion" of proportions',
     )
     class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
         default=None,
@@ -706,6 +719,17 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
+    def _conditional_of_labels(self) -> Self:
+        if self.task.kind in WITH_NUMBERS and self.adaptation is not None and self.adaptation.conditional:
+            raise _ContradictionError(
+                "adaptation.conditional",
+                f'conditional with kind = "{self.task.kind}"',
+                "A discriminator for each label needs labels, and this task learns numbers.",
+                "remove conditional from [adaptation]",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _network_by_image(self) -> Self:
         if self.privacy is not None and self.privacy.unit == "image" and self.task.network in NOT_BY_IMAGE:
             raise _ContradictionError(
@@ -821,6 +845,40 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
+    def _target_fits_kind(self) -> Self:
+        of_number = self.task.target in {"count", "proportion"}
+        if of_number and self.task.kind not in WITH_NUMBERS and ("task", "target") not in self._unread():
+            raise _ContradictionError(
+                "task.target",
+                f'target = "{self.task.target}" with kind = "{self.task.kind}"',
+                "It is a number, and this kind of task learns names.",
+                'set kind = "quantification", or target = "ordinal" where names are in order, or remove target',
+            )
+        if self.task.kind in WITH_NUMBERS and not of_number:
+            raise _ContradictionError(
+                "task.target",
+                f'target = "{self.task.target}" with kind = "{self.task.kind}"'
+                if self.task.target
+                else f'kind = "{self.task.kind}" without target',
+                "It is what is learned, and nobody guesses which number a table holds.",
+                'set target = "count", or target = "proportion" for shares from 0 to 1, under [task]',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_target(self) -> Self:
+        known = LOSSES.get(self.task.target if self.task.kind in WITH_NUMBERS and self.task.target else self.task.kind)
+        if known is not None and self.training.loss is not None and self.training.loss not in known:
+            about = f'target = "{self.task.target}"' if self.task.kind in WITH_NUMBERS else f'kind = "{self.task.kind}"'
+            raise _ContradictionError(
+                "training.loss",
+                f'loss = "{self.training.loss}" with {about}',
+                "It measures something else than what is learned.",
+                f"choose from: {', '.join(known)}, or leave loss out for the first",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_are_names(self) -> Self:
         if self.task.kind in OF_KSPACE:
             if self.task.labels:
@@ -831,7 +889,7 @@ class Plan(_Table):
                     "remove labels from [task]",
                 )
             return self
-        is_drawn = self.task.kind not in OF_WHOLE_STUDIES
+        is_drawn = self.task.kind in WITH_BACKGROUND
         names = {label.strip().lower() for label in self.task.labels}
         if is_drawn and (
             self.task.labels[:1] != ("background",) or len(set(self.task.labels)) != len(self.task.labels)
@@ -841,6 +899,13 @@ class Plan(_Table):
                 f"labels = {list(self.task.labels)}",
                 "Label 0 is everything that nobody drew, and every name stands for one value.",
                 'start the list with "background" and name each label once',
+            )
+        if self.task.kind in WITH_NUMBERS and len(self.task.labels) != 2:
+            raise _ContradictionError(
+                "task.labels",
+                f'labels = {list(self.task.labels)} with kind = "{self.task.kind}"',
+                "One number is learned, that of the second label.",
+                'name "background" and what is counted',
             )
         if not is_drawn and (len(names) != len(self.task.labels) or not names or "" in names):
             raise _ContradictionError(

@@ -36,6 +36,10 @@ class Volume:
     category: int | None = None
     """Index into the plan's ``labels`` for the whole study; None where a plan labels voxels."""
 
+    interval: tuple[float, float] | None = None
+    """Where the number of the whole study lies, both ends included and alike where it is known exactly: a count, or a share
+    from 0 to 1; None where a plan asks for none."""
+
     key: str = ""
     """Key of the study, from which a task draws what evaluation leaves to chance."""
 

@@ -4,7 +4,8 @@ Every hospital has its own patients and one scanner, or several among which pati
 classic MR images, one file per slice, with the outline of the lesions as a DICOM Segmentation that refers to them::
 
     site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
-    site-1/labels.csv                       who has a lesion, where the plan names a prevalence
+    site-1/labels.csv                       who has a lesion, where the plan names a prevalence; how many or what share
+                                            of the brain they are, where the plan learns that
 
 The files depend on the plan's [simulation] and [data] tables, the number of sites and the seed alone: the same bytes
 whatever the number of worker processes. Identifiers are fictional, dates are fixed.
@@ -28,14 +29,15 @@ from numpy.typing import NDArray
 from pydicom import Dataset, dcmwrite
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from scipy import ndimage
 
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.seeds import generator
-from shared_models.tasks import OF_KSPACE
-from simulation.atlas import HEAD_HEIGHT_MM, Grid
+from shared_models.tasks import OF_KSPACE, WITH_NUMBERS
+from simulation.atlas import HEAD_HEIGHT_MM, TISSUES, Grid
 from simulation.kspace import NOISE_SHARE, coil_images, write_study
-from simulation.patients import EmulatedPatient
+from simulation.patients import TISSUES_WITH_LESION, Anatomy, EmulatedPatient
 from simulation.processes import process_pool
 from simulation.scanners import ALL_SCANNERS, SCANNERS, Scanner, acquire, scanners_sha256
 
@@ -44,6 +46,9 @@ SLICE_THICKNESS_MM = 4.0
 
 DEFAULT_SPACING_MM = 2.0
 """Spacing on every axis that the plan leaves open, apart from the slices of a plan of two dimensions [mm]."""
+
+GRADES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Ends of the intervals in which emulated readers say what share of the brain lesions are; none at all is 0."""
 
 FORMAT = 1
 """Grows whenever the same seed would give other files than before."""
@@ -83,6 +88,8 @@ class _Assignment:
     n_coils: int | None
     """Receivers whose k-space is written; None for DICOM."""
     is_unlabelled: bool = False
+    number: str | None = None
+    """What of the lesions is written down: "count" or "proportion"; None where it is at most whether there are any."""
 
     @property
     def has_lesions(self) -> bool:
@@ -156,13 +163,20 @@ def _emulated(
                 label,
                 folder,
                 _coils(plan),
+                _number(plan),
             )
             for share in shares
             for index in range(1, share.n_patients + 1)
         ]
-        for done, _ in enumerate(_each(assignments, workers), start=1):
+        numbers: dict[str, list[_Row]] = {hospital.name: [] for hospital in hospitals}
+        for done, (one, rows) in enumerate(zip(assignments, _each(assignments, workers), strict=True), start=1):
+            numbers[one.folder.name] += rows
             if progress is not None:
                 progress(done, len(assignments))
+        if _number(plan) is not None:
+            for hospital in hospitals:
+                _write_rows(hospital.folder / "labels.csv", ("patient", "study", "label"), numbers[hospital.name])
+            return hospitals
         for hospital in hospitals if shares[0].prevalence is not None and plan.task.labels else ():
             of_hospital = [one for one in assignments if one.folder == hospital.folder and not one.is_unlabelled]
             _write_labels(hospital.folder / "labels.csv", of_hospital, plan.task.labels[:2])
@@ -175,7 +189,13 @@ def _without(plan: Plan) -> str:
 
 
 def _assigned(
-    share: _Share, patient: EmulatedPatient, grid: Grid, label: str, folder: Path, n_coils: int | None = None
+    share: _Share,
+    patient: EmulatedPatient,
+    grid: Grid,
+    label: str,
+    folder: Path,
+    n_coils: int | None = None,
+    number: str | None = None,
 ) -> _Assignment:
     """A patient of a hospital, and the scanner there that sees the patient."""
     names, prevalence = share.scanner.split("+"), share.prevalence
@@ -188,7 +208,7 @@ def _assigned(
             is_first = (random.random() < share.confounding) == patient.has_lesion(prevalence)
             scanner = names[0] if is_first else names[1 + int(random.integers(len(names) - 1))]
     is_unlabelled = scanner in share.unlabelled
-    return _Assignment(patient, scanner, grid, label, folder / share.name, prevalence, n_coils, is_unlabelled)
+    return _Assignment(patient, scanner, grid, label, folder / share.name, prevalence, n_coils, is_unlabelled, number)
 
 
 def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
@@ -312,6 +332,11 @@ def _coils(plan: Plan) -> int | None:
     return plan.data.coils if plan.task.kind in OF_KSPACE else None
 
 
+def _number(plan: Plan) -> str | None:
+    """What of the lesions is written into tables."""
+    return plan.task.target if plan.task.kind in WITH_NUMBERS else None
+
+
 def _lesion_label(plan: Plan) -> str:
     if plan.task.kind in OF_KSPACE:
         return "lesion"
@@ -363,6 +388,8 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
     }
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
+    if (number := _number(plan)) is not None:
+        inputs |= {"number": number, "grades": GRADES}
     if plan.simulation.prevalence is not None:
         inputs |= {"prevalence": _dealt_prevalence(plan, n_sites, seed), "without": _without(plan)}
     for key in ("confounding", "size_skew", "unlabelled"):
@@ -382,6 +409,8 @@ def _unseen_manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         "grid": asdict(_grid(plan)),
         "unseen": [asdict(share) for share in _dealt_unseen(plan, n_sites)],
     }
+    if (number := _number(plan)) is not None:
+        inputs |= {"number": number, "grades": GRADES}
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
     return _signed(inputs)
@@ -437,8 +466,12 @@ def _filled_afresh(folder: Path, manifest: dict[str, Any]) -> Iterator[None]:
     (folder / UNFINISHED).unlink()
 
 
-def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[None]:
-    """Write all patients, one result per patient in order."""
+_Row = tuple[str, ...]
+"""Of a table of labels."""
+
+
+def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[list[_Row]]:
+    """Write all patients; the rows of each for the hospital's table, in order."""
     if workers == 1:
         yield from map(_write_patient, assignments)
         return
@@ -459,21 +492,50 @@ def _each(assignments: Sequence[_Assignment], workers: int) -> Iterable[None]:
 # -------------------------------------------------------------------------------------------------- one patient's files
 
 
-def _write_patient(assignment: _Assignment) -> None:
+def _write_patient(assignment: _Assignment) -> list[_Row]:
+    """All studies of a patient; a row for each whose number is written down."""
+    rows: list[_Row] = []
     for study in range(1, assignment.patient.n_studies + 1):
-        (_write_study if assignment.n_coils is None else _write_kspace)(assignment, study)
+        anatomy = (_write_study if assignment.n_coils is None else _write_kspace)(assignment, study)
+        if assignment.number is not None and not assignment.is_unlabelled:
+            said = str(count(anatomy)) if assignment.number == "count" else grade(share_of_brain(anatomy))
+            rows.append((assignment.patient.patient_id, str(_uid(assignment, study, "study")), said))
+    return rows
 
 
 def _write_labels(path: Path, assignments: Sequence[_Assignment], names: Sequence[str]) -> None:
     """Who has a lesion, in the words of the plan: first the name for those who have none."""
+    _write_rows(path, ("patient", "label"), [(one.patient.patient_id, names[one.has_lesions]) for one in assignments])
+
+
+def _write_rows(path: Path, head: _Row, rows: Sequence[_Row]) -> None:
     with path.open("w", newline="", encoding="utf-8") as lines:
-        rows = csv.writer(lines, lineterminator="\n")
-        rows.writerow(("patient", "label"))
-        rows.writerows((one.patient.patient_id, names[one.has_lesions]) for one in assignments)
+        table = csv.writer(lines, lineterminator="\n")
+        table.writerow(head)
+        table.writerows(rows)
 
 
-def _write_study(assignment: _Assignment, study: int) -> None:
-    """One series and its segmentation into ``<patient>/study-<n>``."""
+def count(anatomy: Anatomy) -> int:
+    """How many lesions there are: parts of the outline that do not touch at a face, an edge or a corner."""
+    return int(ndimage.label(anatomy.lesion_mask, structure=np.ones((3, 3, 3)))[1])
+
+
+def share_of_brain(anatomy: Anatomy) -> float:
+    """What share of the slab's brain lesions are, 0 to 1."""
+    brain = [*(TISSUES.index(name) for name in ("grey_matter", "white_matter")), TISSUES_WITH_LESION.index("lesion")]
+    return float(anatomy.lesion_mask.sum() / max(float(anatomy.tissues[brain].sum()), 1.0))
+
+
+def grade(share: float) -> str:
+    """The interval of :data:`GRADES` that a share lies in, as a reader writes it: ``"0.02-0.05"``; ``"0"`` for none."""
+    if share <= 0:
+        return "0"
+    place = next(i for i, high in enumerate(GRADES[1:], start=1) if share <= high)
+    return f"{GRADES[place - 1]:g}-{GRADES[place]:g}"
+
+
+def _write_study(assignment: _Assignment, study: int) -> Anatomy:
+    """One series and its segmentation into ``<patient>/study-<n>``; what was seen."""
     patient, grid = assignment.patient, assignment.grid
     anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
     random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner)
@@ -484,13 +546,14 @@ def _write_study(assignment: _Assignment, study: int) -> None:
     for slice_ in series:
         dcmwrite(folder / f"im-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
     if assignment.is_unlabelled:
-        return
+        return anatomy
     segmentation = _segmentation(assignment, study, series, anatomy.lesion_mask)
     dcmwrite(folder / "seg.dcm", segmentation, enforce_file_format=True)
+    return anatomy
 
 
-def _write_kspace(assignment: _Assignment, study: int) -> None:
-    """The study as ``<patient>/study-<n>.h5``."""
+def _write_kspace(assignment: _Assignment, study: int) -> Anatomy:
+    """The study as ``<patient>/study-<n>.h5``; what was seen."""
     patient, grid, n_coils = assignment.patient, assignment.grid, assignment.n_coils or 1
     anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
     random = generator("k-space", patient.seed, patient.site, patient.index, study, assignment.scanner)
@@ -498,6 +561,7 @@ def _write_kspace(assignment: _Assignment, study: int) -> None:
     images = coil_images(scanner, anatomy.tissues, grid.spacing_mm, n_coils, random)
     path = assignment.folder / patient.patient_id / f"study-{study}.h5"
     write_study(path, images, grid.spacing_mm, scanner, patient.patient_id)
+    return anatomy
 
 
 def _uid(assignment: _Assignment, *what: object) -> UID:

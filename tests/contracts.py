@@ -24,6 +24,7 @@ from shared_models.weights import initial_weights, load_weights, weights_of
 TASK_TABLES: dict[str, dict[str, Any]] = {
     "segmentation": {"labels": ["background", "lesion", "edema"]},
     "classification": {"labels": ["healthy", "lesion", "edema"]},
+    "quantification": {"labels": ["background", "lesion"], "target": "proportion"},
     "reconstruction": {"acceleration": 2.0, "centre_fraction": 0.25},
 }
 """For each task, the keys of ``[task]`` that have no default, or none that fits eight pixels."""
@@ -75,7 +76,8 @@ def example_volume(plan: Plan, seed: int = 0, sides: tuple[int, int, int] | None
     image += 3 * label
     foreground = np.argwhere(label > 0).astype(np.int32)
     category = seed % len(plan.task.labels) if plan.task.labels else None
-    return Volume(image, label, foreground, (3.0, 1.0, 1.5), category, key=str(seed))
+    interval = (0.3 + 0.1 * (seed % 6), 0.35 + 0.1 * (seed % 6))
+    return Volume(image, label, foreground, (3.0, 1.0, 1.5), category, interval, key=str(seed))
 
 
 def example_batch(task: Task, n_patients: int = 4) -> Batch:

@@ -43,7 +43,7 @@ from client.data.skips import Reason, Skipped, UnusableError, counts
 from client.data.storage import replacing, unwritable, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES
+from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, WITH_NUMBERS
 from shared_models.volume import Volume
 
 VERSION = 1
@@ -59,7 +59,7 @@ little besides its own, and the cost of each piece is small against its bytes.""
 def cohort_key(plan: Plan) -> str:
     """Hash over everything in a plan that decides what a cohort holds: 32 hexadecimal digits.
 
-    That is ``plan.data`` without the training patch, ``plan.task.labels``, and whether they are labels of whole
+    That is ``plan.data`` without the training patch, ``plan.task.labels``, and whether they are labels or numbers of whole
     studies and may be missing. Plans that look at the data alike share a
     cohort folder.
     """
@@ -71,6 +71,8 @@ def cohort_key(plan: Plan) -> str:
     }
     if _has_label_of_study(plan):
         looks["label_of_study"] = plan.task.label_attribute or "table or folder"
+    if plan.task.kind in WITH_NUMBERS:
+        looks["number"] = plan.task.target
     if plan.takes_unlabelled:
         looks["unlabelled"] = True
     return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]
@@ -96,6 +98,7 @@ class _Prepared:
     spacing_mm: tuple[float, float, float]
     scanner: str | None
     category: int | None = None
+    interval: tuple[float, float] | None = None
     is_simulated: bool = False
     is_unlabelled: bool = False
     """Whether it has no reference; it trains a discriminator of scanners and is measured by nothing."""
@@ -181,7 +184,7 @@ class Cohort:
                     on_progress(done, len(studies))
         if not builder.prepared:
             raise _nothing_usable(plan, builder.skipped)
-        if labels is not None and len({one.category for one in builder.prepared if not one.is_unlabelled}) == 1:
+        if labels is not None and len({(p.category, p.interval) for p in builder.prepared if not p.is_unlabelled}) == 1:
             raise _one_label(plan, len(builder.prepared))
         write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
         _tidy(folder, {one.entry for one in builder.prepared})
@@ -200,7 +203,7 @@ class Cohort:
         """
         try:
             content = json.loads((folder / "cohort.json").read_text(encoding="utf-8"))
-            prepared = tuple(_Prepared(**{**one, "spacing_mm": tuple(one["spacing_mm"])}) for one in content["studies"])
+            prepared = tuple(_Prepared(**{**one, **_as_tuples(one)}) for one in content["studies"])
             skipped = tuple(Skipped(one["key"], Reason(one["reason"])) for one in content["skipped"])
             kept = tuple(one for one in prepared if one.patient not in excluded)
             n_excluded = len({one.patient for one in prepared} & excluded)
@@ -251,6 +254,7 @@ class Cohort:
             foreground=np.asarray(foreground),
             spacing_mm=one.spacing_mm,
             category=one.category,
+            interval=one.interval,
             key=one.study,
             site=self._site,
         )
@@ -297,9 +301,10 @@ class _Builder:
             split = next(iter(published), None) or split_of(self._secret, study.patient, self._plan.data.split)
             may_lack_label = self._plan.takes_unlabelled and split == "train"
             entry, spacing_mm, has_label = self._entry(study, may_lack_label=may_lack_label)
-            category = None
+            category, interval = None, None
             if self._labels is not None:
-                category, has_label = self._category(study, may_lack_label=may_lack_label)
+                category, interval = self._label(study, self._labels, may_lack_label=may_lack_label)
+                has_label = (category, interval) != (None, None)
         except UnusableError as error:
             self.skipped.append(Skipped(study.key, error.reason))
             return
@@ -313,21 +318,24 @@ class _Builder:
                 spacing_mm,
                 study.scanner,
                 category,
+                interval,
                 is_simulated=made_up,
                 is_unlabelled=self._plan.takes_unlabelled and not has_label,
             )
         )
 
-    def _category(self, study: Study, *, may_lack_label: bool) -> tuple[int | None, bool]:
-        """The label of a whole study, and whether it has one."""
-        if self._labels is None:
-            raise ValueError("the plan labels voxels")
+    def _label(
+        self, study: Study, labels: StudyLabels, *, may_lack_label: bool
+    ) -> tuple[int | None, tuple[float, float] | None]:
+        """The label of a whole study, or the interval of its number; neither where it may lack them."""
         try:
-            return self._labels.of(study, self._one_image(study)), True
+            if self._plan.task.kind in WITH_NUMBERS:
+                return None, labels.interval_of(study, self._one_image(study))
+            return labels.of(study, self._one_image(study)), None
         except UnusableError as error:
             if error.reason is not Reason.NOT_LABELLED or not may_lack_label:
                 raise
-            return None, False
+            return None, None
 
     def _one_image(self, study: Study) -> list[Path]:
         return [self._path(file) for file in next(iter(study.images.values())).files]
@@ -587,7 +595,23 @@ def _as_json(plan: Plan, prepared: list[_Prepared], skipped: list[Skipped]) -> d
     }
 
 
+def _as_tuples(study: dict[str, Any]) -> dict[str, Any]:
+    """What JSON keeps as lists."""
+    interval = study.get("interval")
+    return {"spacing_mm": tuple(study["spacing_mm"]), "interval": tuple(interval) if interval is not None else None}
+
+
 def _one_label(plan: Plan, n_studies: int) -> FederadError:
+    if plan.task.kind in WITH_NUMBERS:
+        return FederadError(
+            "C177",
+            happened=f"All {n_studies} studies of this site that fit the plan have one and the same number.",
+            because="A network that sees one number learns to say it whatever it is shown; nothing can be measured here.",
+            remedies=(
+                f"the plan asks for a {plan.task.target}: check that labels.csv has each patient's own",
+                "or refuse this plan",
+            ),
+        )
     return FederadError(
         "C177",
         happened=f"All {n_studies} studies of this site that fit the plan have one and the same of its "

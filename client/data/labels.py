@@ -1,15 +1,19 @@
-"""The label of a study as a whole, for tasks that have one: from a table, a folder's name, or the DICOM header.
+"""The label or number of a study as a whole, for tasks that have one: from a table, a folder's name, or the DICOM header.
 
 In this order: the attribute that the plan names, and nothing else then; a row of ``labels.csv``; for pictures the folder
 between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
 ``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient
 ID, or what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a
 Study Instance UID, or the folder of the NIfTI file.
+
+Where a plan learns numbers, ``label`` holds one, such as ``3`` or ``0.07``, or an interval with both of its ends, such as
+``0.05-0.10``, as a reader's grade says it.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +24,12 @@ from client.data.records import Kind, Study
 from client.data.skips import Reason, UnusableError
 from shared_models.errors import FederadError
 from shared_models.plan import TaskTable
+from shared_models.tasks import WITH_NUMBERS
 
 TABLE = "labels.csv"
+
+_NUMBER = r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*"
+_INTERVAL = re.compile(f"{_NUMBER}(?:[-–]{_NUMBER})?")
 
 
 class StudyLabels:
@@ -45,6 +53,7 @@ class StudyLabels:
     def __init__(self, source: Path, task: TaskTable, secret: bytes) -> None:
         self._indices = {name.strip().lower(): index for index, name in enumerate(task.labels)}
         self._attribute = task.label_attribute
+        self._is_share = task.target == "proportion" if task.kind in WITH_NUMBERS else None
         self._source = source
         self._words: dict[str, set[str]] = defaultdict(set)
         for path in (source / TABLE, source.parent / TABLE):
@@ -60,15 +69,35 @@ class StudyLabels:
         UnusableError
             If there is none, there are several, or it is none of the plan's.
         """
-        words = {word.strip().lower() for word in self._said_of(study, paths)} - {""}
-        if not words:
-            raise UnusableError(Reason.NOT_LABELLED)
+        words = self._words_of(study, paths)
         if len(words) > 1:
             raise UnusableError(Reason.LABELS_DISAGREE)
         (word,) = words
         if word not in self._indices:
             raise UnusableError(Reason.LABEL_UNKNOWN)
         return self._indices[word]
+
+    def interval_of(self, study: Study, paths: Sequence[Path]) -> tuple[float, float]:
+        """The interval in which a study's number lies, both ends alike where it is known exactly.
+
+        Raises
+        ------
+        UnusableError
+            If there is none, there are several, or it is no number of the kind that the plan asks for.
+        """
+        found = {interval(word) for word in self._words_of(study, paths)}
+        if len(found) > 1:
+            raise UnusableError(Reason.LABELS_DISAGREE)
+        (one,) = found
+        if one is None or (self._is_share and one[1] > 1):
+            raise UnusableError(Reason.LABEL_UNKNOWN)
+        return one
+
+    def _words_of(self, study: Study, paths: Sequence[Path]) -> set[str]:
+        words = {word.strip().lower() for word in self._said_of(study, paths)} - {""}
+        if not words:
+            raise UnusableError(Reason.NOT_LABELLED)
+        return words
 
     def _said_of(self, study: Study, paths: Sequence[Path]) -> set[str]:
         kind = next(iter(study.images.values())).kind
@@ -94,6 +123,16 @@ class StudyLabels:
             identifiers = (f"{patient}\n{study}", f"folder:{study}") if study else (patient,)
             for identifier in identifiers:
                 self._words[key_of(secret, identifier)].add(row["label"] or "")
+
+
+def interval(word: str) -> tuple[float, float] | None:
+    """The ends of what a table says, ``"0.05-0.10"`` or ``"3"``; None where that is no number, or the ends are in
+    disorder."""
+    found = _INTERVAL.fullmatch(word)
+    if found is None:
+        return None
+    low, high = float(found[1]), float(found[2] if found[2] is not None else found[1])
+    return (low, high) if low <= high else None
 
 
 def _unusable(path: Path, why: str) -> FederadError:

@@ -32,6 +32,7 @@ NETWORKS = {
 NETWORKS_FOR = {
     "segmentation": ("unet", "segresnet", "dynunet", "dual-path"),
     "classification": ("resnet", "scan-plane", "densenet", "efficientnet"),
+    "quantification": ("resnet", "scan-plane", "densenet", "efficientnet"),
     "reconstruction": ("cascade", "varnet", "image-unet"),
 }
 """Networks that answer what a kind of task asks."""

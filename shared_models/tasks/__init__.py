@@ -3,11 +3,18 @@
 TASKS = {
     "segmentation": "shared_models.tasks.segmentation:Segmentation",
     "classification": "shared_models.tasks.classification:Classification",
+    "quantification": "shared_models.tasks.quantification:Quantification",
     "reconstruction": "shared_models.tasks.reconstruction:Reconstruction",
 }
 
-OF_WHOLE_STUDIES = frozenset({"classification"})
-"""Tasks whose reference is one label for a study; that of the others is a label for every voxel, or no label at all."""
+OF_WHOLE_STUDIES = frozenset({"classification", "quantification"})
+"""Tasks whose reference is one label or number for a study; that of the others is a label for every voxel, or none."""
+
+WITH_NUMBERS = frozenset({"quantification"})
+"""Tasks whose reference is a number, or an interval in which it lies."""
+
+WITH_BACKGROUND = frozenset({"segmentation", "quantification"})
+"""Tasks whose first label is "background": what is not drawn, or not counted."""
 
 OF_KSPACE = frozenset({"reconstruction"})
 """Tasks that begin before there is an image: their volumes hold coil images, real and imaginary part in turn, and nothing

@@ -90,13 +90,17 @@ class Classification(Task):
         return networks.build(as_seen(self.plan))
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
-        """A whole image, or in 2-D one slice of it, or one of its views, and its label as int64 ``()``.
+        """A whole image, or in 2-D one slice of it, or one of its views, and its label as int64 ``()``."""
+        if volume.category is None:
+            raise ValueError("a volume without a label cannot be trained on")
+        return Sample(self.window(volume, rng), np.asarray(volume.category, np.int64))
+
+    def window(self, volume: Volume, rng: np.random.Generator) -> NDArray[np.float32]:
+        """What the network sees of a volume in training, ``(channel, [z,] y, x)``.
 
         The window of the patch's size lies around the image's centre, up to a sixteenth of its side off, and is 0 (the
         mean intensity) where it reaches outside.
         """
-        if volume.category is None:
-            raise ValueError("a volume without a label cannot be trained on")
         size = self._size(volume)
         corner = [
             c + round(float(rng.uniform(-LARGEST_SHIFT, LARGEST_SHIFT)) * n)
@@ -111,7 +115,7 @@ class Classification(Task):
             image = np.take(image, int(rng.integers(size[0])), axis=1 + int(rng.integers(3)))
         if self.plan.training.flips and rng.random() < 0.5:
             image = image[..., ::-1]
-        return Sample(np.ascontiguousarray(image, np.float32), np.asarray(volume.category, np.int64))
+        return np.ascontiguousarray(image, np.float32)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy of the pooled maps, times the plan's weight of the true label; the mean over samples.

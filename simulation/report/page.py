@@ -206,14 +206,16 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
 
 
 def _volumes(run: Run) -> dict[tuple[str, str], list[str]]:
-    """How volumes agree with the reference, by label and site: bias, half width of the limits, error and ICC; empty for
-    tasks without volumes."""
+    """How volumes, or the numbers that a task learns, agree with the reference, by label and site: bias, half width of the
+    limits, error and ICC; empty for tasks without either."""
     if run.test is None:
         return {}
     found = {}
     for name in run.labels[1:]:
         for site in run.test.per_site:
             cells = [run.test.at(site, f"volume {kind}: {name}") for kind in ("bias", "limits", "error", "ICC")]
+            if "icc" in run.metrics:
+                cells = [run.test.at(site, metric) for metric in ("bias", "limits", "absolute_error", "icc")]
             if any(cell is not None for cell in cells):
                 found[name, site] = [words.figure(cell, signed=not i) for i, cell in enumerate(cells)]
     return found

@@ -24,6 +24,9 @@ METRICS = {
         "log-likelihood",
         "Log-likelihood is the logarithm of the true label's probability: 0 is perfect.",
     ),
+    "icc": ("ICC", "ICC is the agreement of the numbers with the reference, ICC(A,1): 1 is perfect, 0 none."),
+    "ratio": ("ratio", "The ratio is the smaller of predicted and true number over the larger: 1 is perfect."),
+    "absolute_error": ("absolute error", "The absolute error is how far a number is off, on average."),
     "probability": ("probability of the true label", ""),
     "psnr": (
         "PSNR (dB)",

@@ -7,7 +7,7 @@ import math
 from copy import deepcopy
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -531,6 +531,7 @@ class TestContradictions:
         }
 
         others = (*TestPrivacy.CASES, *TestClassification.CASES, *TestAdaptation.CASES, *TestReconstruction.CASES)
+        others += TestQuantification.CASES
         assert checks == {check for check, *_ in (*self.CASES, *others) if check}
 
     def test_patch_that_shrinks_to_one_voxel_is_refused(self):
@@ -910,6 +911,63 @@ class TestClassification:
         assert Plan.from_tables(json.loads(text)) == plan
         assert "foreground" not in text
         assert "residual_units" not in text
+
+
+QUANTIFYING: Tables = {
+    "name": "quantifying",
+    "rounds": 1,
+    "task": {
+        "kind": "quantification",
+        "target": "proportion",
+        "labels": ["background", "emphysema"],
+        "network": "resnet",
+    },
+    "data": {"modality": "CT", "dimensions": 3, "patch": [32, 32, 32]},
+}
+
+
+class TestQuantification:
+    ADVERSARY: ClassVar = {"adversarial": "scanner", "scanners": ["SIEMENS A 3 T", "GE B 3 T"], "conditional": True}
+    CASES: ClassVar = (
+        ("_target_fits_kind", ("task", "target"), "ordinal", 'target = "count"'),
+        ("_labels_are_names", ("task", "labels"), ["none", "emphysema"], '"background"'),
+        ("_labels_are_names", ("task", "labels"), ["background", "a", "b"], "what is counted"),
+        ("_loss_fits_target", ("training",), {"loss": "poisson"}, "proportion, squared"),
+        ("_loss_fits_target", ("training",), {"loss": "dice"}, "proportion, squared"),
+        ("_keys_are_read", ("training",), {"class_weights": [1.0, 1.0]}, "remove class_weights"),
+        ("_keys_are_read", ("training",), {"balanced": True}, "remove balanced"),
+        ("_keys_are_read", ("task", "sharpness"), 2.0, "remove sharpness"),
+        ("_conditional_of_labels", ("adaptation",), ADVERSARY, "remove conditional"),
+    )
+
+    @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
+    def test_what_has_no_meaning_is_refused_with_the_remedy(self, check, key, value, named):
+        """
+        A target without a number, what is counted without a background, a loss of something else.
+        """
+        error = refused(with_value(key, value, QUANTIFYING))
+
+        assert error.code == "P103"
+        assert named in error.remedies[0]
+
+    def test_number_that_nobody_names_is_not_guessed(self):
+        """
+        Without a target a plan is refused; nor has any other kind of task a number.
+        """
+        task = {key: value for key, value in QUANTIFYING["task"].items() if key != "target"}
+
+        assert 'target = "count"' in refused({**QUANTIFYING, "task": task}).remedies[0]
+        assert "quantification" in refused(with_value(("task", "target"), "count", CLASSIFYING)).remedies[0]
+        assert "dice-ce" in refused(with_value(("training",), {"loss": "squared"})).remedies[0]
+
+    def test_plan_is_the_same_after_a_journey(self):
+        """
+        The canonical text of a plan gives the plan again, and what a person says of it leaves the background out.
+        """
+        plan = Plan.from_tables(QUANTIFYING)
+
+        assert Plan.from_tables(json.loads(plan.canonical_json())) == plan
+        assert plan.task.named_labels == ("emphysema",)
 
 
 RECONSTRUCTING: Tables = {

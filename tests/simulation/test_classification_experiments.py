@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from shared_models.errors import FederadError
-from simulation.experiments import classification, classification_real
+from shared_models.plan import Plan
+from simulation.experiments import classification, classification_real, weak_labels
 from simulation.experiments.harness import run_experiment
 from simulation.run import Watcher
 
@@ -65,3 +68,30 @@ def test_data_is_asked_for_where_it_is_needed_and_only_there(tmp_path):
     assert "MedMNIST" in error.value.remedies[0]
     with pytest.raises(FederadError, match="R230"):
         run_experiment(classification.CLASSIFICATION, tmp_path, data=tmp_path, **options)
+
+
+class TestWeakLabels:
+    def test_claims_are_gains_of_agreement_at_either_number_of_patients(self):
+        """
+        ICC with the loss for proportions less that of plain regression, seed by seed.
+        """
+        icc = {"proportion-50": [0.7, 0.6], "squared-50": [0.6, 0.6], "proportion-100": [0.8], "squared-100": [0.9]}
+        results = {arm: [{"scanners": {"unseen_mean": {"icc": v}}} for v in values] for arm, values in icc.items()}
+        claims = {one["id"]: one for one in weak_labels.evaluate(results)["claims"]}
+
+        assert claims["icc_gain_50"]["value"] == pytest.approx(0.05)
+        assert claims["icc_gain_100"]["value"] == pytest.approx(-0.1)
+        assert [one["holds"] for one in claims.values()] == [True, False]
+
+    def test_arms_differ_in_loss_and_patients_alone(self):
+        """
+        As many steps with half the patients, and plans that can be read again.
+        """
+        plans = weak_labels.arms(quick=False)
+
+        assert {plan.task for plan in plans.values()} == {next(iter(plans.values())).task}
+        assert {plan.training.epochs * plan.simulation.patients for plan in plans.values()} == {100}
+        for arm, plan in plans.items():
+            assert arm.startswith(plan.training.loss)
+            assert plan.strategy.minimum_sites <= weak_labels.N_SITES
+            assert Plan.from_tables(json.loads(plan.canonical_json())) == plan

@@ -399,6 +399,28 @@ class TestRefusals:
         assert any("fetch" in remedy for remedy in error.remedies)
 
 
+class TestQuantification:
+    def test_report_holds_the_number(self, site, released, write_series, tmp_path):
+        """
+        On the page, in the program's form, in a TID 1500 report, and with a map of the evidence on the images.
+        """
+        target = "proportion"
+        task = {"kind": "quantification", "target": target, "labels": ["background", "lesion"], "network": "resnet"}
+        series = write_series(tmp_path / "study", values((3, 40, 48)))
+
+        made = predict(site, released(plan_of(task=task)), series.folder, tmp_path / "out")
+
+        (row,) = made.summary["measures"]
+        assert row["label"] == "lesion"
+        assert row[target] >= 0
+        assert "<h1>" in (page := (made.folder / "report.html").read_text())
+        assert "lesion: " in page
+        (group,) = highdicom.sr.srread(made.folder / "report.dcm").content.get_image_measurement_groups()
+        (stated,) = group.get_measurements()
+        assert stated.value == pytest.approx(row[target], abs=1e-6)
+        assert nibabel.load(made.folder / "evidence-lesion.nii.gz").shape == (48, 40, 3)
+
+
 class TestClassification:
     def test_report_holds_the_probabilities_and_refers_to_the_images(self, site, released, write_series, tmp_path):
         """

@@ -11,6 +11,7 @@ from pydicom import dcmread
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.skips import Reason
+from client.readiness import Readiness, against
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 
@@ -137,6 +138,82 @@ class TestTable:
 
         assert b"P-0" not in kept
         assert b"lesion" not in kept.lower()
+
+
+class TestNumbers:
+    def plan(self, target="proportion", **task):
+        plan = plan_of(labels=("background", "lesion"))
+        tables = plan.model_dump(mode="json", exclude_none=True)
+        kept = {key: tables["task"][key] for key in ("labels", "network", "channels")}
+        return Plan.from_tables(
+            {"name": "test", "rounds": 1, "task": {**kept, "kind": "quantification", "target": target, **task}}
+            | {"data": {"modality": "MR", "dimensions": 2, "patch": [16, 16]}}
+        )
+
+    def intervals(self, cohort):
+        patients = [patient for split in ("train", "validation", "test") for patient in cohort.patients(split)]
+        return Counter(cohort.volume(study).interval for patient in patients for study in patient.studies)
+
+    def test_numbers_and_intervals_are_read(self, build, folder, tmp_path, secret):
+        """
+        Exact ones have both ends alike; what was read is there again when the cohort is opened.
+        """
+        table(folder, "P-0,0.05-0.10", "P-1,0", "P-2,half", "P-3,0.2 – 1")
+        built = build(folder, self.plan())
+        opened = Cohort.open(tmp_path / "cohort", secret=secret)
+
+        for cohort in (built, opened):
+            assert self.intervals(cohort) == {(0.05, 0.1): 2, (0.0, 0.0): 1, (0.2, 1.0): 1}
+            assert reasons(cohort) == {Reason.LABEL_UNKNOWN: 1}
+
+    def test_page_of_a_check_counts_who_has_any(self, build, folder):
+        """
+        Studies without and with, in the plan's word.
+        """
+        table(folder, "P-0,0.05-0.10", "P-1,0", "P-2,0", "P-3,0-0.01")
+        found = Readiness("site", "data", "cpu", "none", 1.0)
+        against(found, self.plan(), build(folder, self.plan()))
+
+        assert found.labels_are_of_studies
+        assert found.labels == {"no lesion": 2, "lesion": 3}
+
+    def test_what_is_no_such_number_is_skipped_and_counted(self, build, folder):
+        """
+        A word, a share above the whole, an interval from above to below, two numbers for one patient.
+        """
+        table(folder, "P-0,3", "P-1,some", "P-2,0.4-0.2", "P-3,0.1", "P-3,0.2")
+        with pytest.raises(FederadError, match="C141") as error:
+            build(folder, self.plan())
+
+        assert "label outside the plan's set: 4" in error.value.happened
+        assert "labels of one study disagree: 1" in error.value.happened
+
+    def test_same_number_in_other_digits_is_no_contradiction(self, build, folder):
+        """
+        0.5 and 0.50 are one number, and counts go beyond one.
+        """
+        table(folder, "P-0,3", "P-0,3.0", "P-1,12", "P-2,10-20", "P-3,0")
+
+        assert self.intervals(build(folder, self.plan("count"))) == {(3, 3): 2, (12, 12): 1, (10, 20): 1, (0, 0): 1}
+
+    def test_site_with_one_number_is_refused(self, build, folder):
+        """
+        Nothing could be learned or measured there.
+        """
+        table(folder, *(f"P-{n},0.1" for n in range(4)))
+        with pytest.raises(FederadError, match="C177") as error:
+            build(folder, self.plan())
+
+        assert "one and the same number" in error.value.happened
+
+    def test_plans_of_other_numbers_share_no_cohort(self):
+        """
+        A count is no share, and neither is a word.
+        """
+        words = plan_of(labels=("background", "lesion"))
+        keys = {cohort_key(plan) for plan in (self.plan(), self.plan("count"), words)}
+
+        assert len(keys) == 3
 
 
 class TestOtherSources:
