@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
@@ -29,6 +33,14 @@ def _one_thread() -> None:
 def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh folder with a path short enough for sockets in it, whatever the test is called."""
     return tmp_path_factory.mktemp("t")
+
+
+@pytest.fixture
+def ray_alone() -> Iterator[None]:
+    """Ray for one test at a time over all processes of the suite: two clusters that start together may wait in vain."""
+    with (Path(tempfile.gettempdir()) / f"federad-ray-{os.getuid()}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

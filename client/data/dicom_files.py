@@ -116,6 +116,8 @@ def opened(path: Path, tags: list[Any]) -> Opened:
                 return _opened_deflated(file, size, tags)
             file.seek(0)
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
+            if header.file_meta.get("MediaStorageSOPClassUID") == uid.MediaStorageDirectoryStorage:
+                raise UnusableError(Reason.DIRECTORY)
             at = file.tell()
         is_implicit, is_little = header.original_encoding
         pixels_at = None if isinstance(file, BytesIO) else _pixels_at(file, at, size, syntax, header)

@@ -49,6 +49,7 @@ def stations_of(plan, hospitals, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_alone")
 def test_final_weights_agree_bit_for_bit(hospitals, tmp_path):
     """
     In this process and on Flower's Ray engine.

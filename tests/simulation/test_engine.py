@@ -21,6 +21,7 @@ def sha_of(plan, stations, folder, execution):
 
 class TestEngines:
     @pytest.mark.slow
+    @pytest.mark.usefixtures("ray_alone")
     def test_final_weights_agree_bit_for_bit(self, smoke_plan, stations, tmp_path):
         """
         One worker, two workers and Flower's Ray engine end on the same weights.

@@ -121,6 +121,7 @@ class TestPersonalModels:
 
 @pytest.mark.slow
 @pytest.mark.system
+@pytest.mark.usefixtures("ray_alone")
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_engines_agree_on_strategies_that_keep_something(smoke_plan, hospitals, tmp_path, name):
     """

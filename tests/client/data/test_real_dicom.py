@@ -176,14 +176,17 @@ class TestOrdinaryHeaders:
                     facts.append(error.reason)
             return repr(facts)
 
+        def is_ordinary(path):
+            try:
+                return dicom_files._walked(path.read_bytes()[: dicom_files.HEAD], dicom_files.LAYOUT) is not None
+            except UnusableError:
+                return False
+
         paths = [Path(name) for name in get_testdata_files("**/*") if Path(name).is_file()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             quickly = [said(path) for path in paths]
-            n_ordinary = sum(
-                dicom_files._walked(path.read_bytes()[: dicom_files.HEAD], dicom_files.LAYOUT) is not None
-                for path in paths
-            )
+            n_ordinary = sum(is_ordinary(path) for path in paths)
             monkeypatch.setattr(dicom_files, "_walked", lambda head, tags: None)
             assert quickly == [said(path) for path in paths]
 
