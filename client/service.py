@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -251,10 +251,14 @@ def _imported() -> None:
     from shared_models.registry import look_up
     from shared_models.tasks import TASKS
 
-    with suppress(Exception):  # whoever needs it is told then
+    try:
         for name in TASKS:
             look_up(TASKS, name)
         filter_order(1.0, 1e-5)
+    except Exception:
+        log.warning("Not all that questions may need can be imported; one that needs it fails.", exc_info=True)
+    else:
+        log.info("All that questions need is imported.")
 
 
 def make_way(socket: Path) -> None:

@@ -421,6 +421,15 @@ class TestProcess:
         assert {(notice["total"], notice["round"], notice["run"]) for notice in seen} == {(10, 1, "run-1")}
 
     @pytest.mark.slow
+    def test_what_questions_need_is_imported_before_the_first_one(self, site):
+        """
+        Nobody has asked, and tasks and accountants are in memory.
+        """
+        log = site.station / "logs" / "station.log"
+        with running_station(site) as process:
+            until(lambda: "All that questions need is imported." in log.read_text(), process)
+
+    @pytest.mark.slow
     def test_told_to_stop_it_leaves_nothing_behind(self, site):
         """
         SIGTERM ends the process with 0, and the socket is gone.
