@@ -12,6 +12,15 @@ from shared_models.plan import WITHOUT_PRIVACY_ONLY, Plan
 from shared_models.task import task_for
 from shared_models.weights import initial_weights, weights_sha256
 
+TWO_STEPS = {
+    "noise_multiplier": 1.0,
+    "patients_per_step": 2,
+    "steps_per_round": 2,
+    "metrics_every": 1,
+    "metrics_noise": 5.0,
+}
+"""A table ``[privacy]`` for a short run that tells what it measures in each round."""
+
 
 def private(plan: Plan, privacy: Mapping[str, Any], *, rounds: int = 3, **tables: Mapping[str, Any]) -> Plan:
     """The same plan with ``[privacy]``; ``tables`` change keys of its other tables."""

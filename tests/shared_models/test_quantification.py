@@ -8,6 +8,7 @@ import contracts
 import numpy as np
 import pytest
 import torch
+from privately import TWO_STEPS
 from scipy.stats import entropy
 
 from shared_models.task import task_for
@@ -229,11 +230,7 @@ class TestSummary:
         """
         One patient could move an agreement by any amount.
         """
-        privacy = {
-            "noise_multiplier": 1.0, "patients_per_step": 2, "steps_per_round": 2, "metrics_every": 1,
-            "metrics_noise": 5.0,
-        }  # fmt: skip
-        task = task_with(privacy=privacy, strategy={"release": "last"})
+        task = task_with(privacy=TWO_STEPS, strategy={"release": "last"})
 
         assert task.headline == "ratio"
         assert set(task.summary(self.ROWS)) == {"ratio"} == set(task.metrics) == set(task.ranges)

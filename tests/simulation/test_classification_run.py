@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from privately import TWO_STEPS
 
 from server.journal import Journal
 from shared_models.plan import Plan
@@ -112,11 +113,8 @@ def test_with_privacy_only_bounded_metrics_leave(hospitals, tmp_path):
     """
     plan = plan_of(
         strategy={"release": "last"},
-        privacy={
-            "noise_multiplier": 1.0, "patients_per_step": 2, "steps_per_round": 2, "metrics_every": 1,
-            "metrics_noise": 5.0,
-        },
-    )  # fmt: skip
+        privacy=TWO_STEPS,
+    )
     stations = stations_of(plan, hospitals, tmp_path / "stations")
     outcome = run_rounds(plan, stations, Journal(tmp_path / "journal"), seed=SEED, execution=Execution())
 

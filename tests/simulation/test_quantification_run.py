@@ -8,6 +8,7 @@ import json
 import highdicom as hd
 import numpy as np
 import pytest
+from privately import TWO_STEPS
 
 from client.data.labels import interval
 from server.journal import Journal
@@ -120,11 +121,8 @@ class TestRun:
         """
         plan = plan_of(
             strategy={"release": "last"},
-            privacy={
-                "noise_multiplier": 1.0, "patients_per_step": 2, "steps_per_round": 2, "metrics_every": 1,
-                "metrics_noise": 5.0,
-            },
-        )  # fmt: skip
+            privacy=TWO_STEPS,
+        )
         names = [site.name for site, _ in tables_of(folder / "hospitals")]
         sites = [SiteFolder(name, folder / "hospitals" / name, tmp_path / name) for name in names]
         prepare_stations(plan, sites, seed=SEED, workers=1, on_site=lambda _: None)
