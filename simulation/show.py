@@ -82,5 +82,7 @@ class Show(Watcher):
         """The replies of a round measured the weights it started from: those of the round before."""
         if event.round > 1 and self._validation:
             values = "  ".join(f"{site} {value:.3f}" for site, value in sorted(self._validation.items()))
-            self._console.print(f"[dim]round {event.round - 1:>3}  validation {self._headline}:  {values}[/]", soft_wrap=True)
+            self._console.print(
+                f"[dim]round {event.round - 1:>3}  validation {self._headline}:  {values}[/]", soft_wrap=True
+            )
         self._validation = {}
