@@ -123,7 +123,7 @@ class Trainer:
         self.network = self.task.build_network().to(self.device)
         self.clock = Clock()
         self._adversary: Adversary | None = None
-        self._balance: Mapping[int, float] | None = None
+        self._balance: Mapping[str, float] = {}
         self._is_checked = False
 
     def train(
@@ -192,7 +192,7 @@ class Trainer:
         optimizer = build_optimizer(self.plan, self.network, round_)
         patients = cohort.patients("train")
         self._adversary = opponent
-        self._balance = balance_of(cohort, patients) if self.plan.training.balanced else None
+        self._balance = balance_of(cohort, patients) if self.plan.training.balanced else {}
         n_steps = local_steps(self.plan, len(patients))
         losses: list[float] = []
         for epoch in range(self.plan.training.epochs):
@@ -301,7 +301,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
             output = self.network(image)
-        loss = batch_loss(self.task, output.float(), target, samples, self._balance)
+        loss = batch_loss(self.task, output.float(), target, samples)
         if self._adversary is not None:
             self._adversary.oppose(self.network, samples, target)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -346,7 +346,7 @@ class Trainer:
 
     def _draw(self, cohort: PatientSource, patient: Patient, rng: np.random.Generator) -> Sample:
         study = patient.studies[int(rng.integers(len(patient.studies)))]
-        sample = sample_of(self.task, cohort.volume(study), rng)
+        sample = replace(sample_of(self.task, cohort.volume(study), rng), weight=self._balance.get(study, 1.0))
         return sample if self._adversary is None else self._adversary.placed(sample, study)
 
     def _precision(self) -> torch.autocast:
@@ -418,35 +418,40 @@ class Adversary:
         return {name: array * np.float32(self.ratio) for name, array in update.items()}
 
 
-def batch_loss(
-    task: Task,
-    output: Tensor,
-    target: Tensor,
-    samples: Sequence[Sample],
-    balance: Mapping[int, float] | None = None,
-) -> Tensor:
-    """The task's loss of a batch; samples without a reference add nothing to it and count in its mean.
-
-    ``balance`` says how much a sample of each label counts, for tasks whose target is one label.
-    """
-    if balance is None and all(sample.has_reference for sample in samples):
+def batch_loss(task: Task, output: Tensor, target: Tensor, samples: Sequence[Sample]) -> Tensor:
+    """The task's loss of a batch, each sample with its weight; those without a reference add nothing to it and count in
+    its mean."""
+    if all(sample.has_reference and sample.weight == 1 for sample in samples):
         return task.loss(output, target)
     groups: dict[float, list[int]] = {}
     for i, sample in enumerate(samples):
         if sample.has_reference:
-            groups.setdefault(1.0 if balance is None else balance.get(int(target[i]), 1.0), []).append(i)
+            groups.setdefault(sample.weight, []).append(i)
     total = 0.0 * output.sum()
     for weight, group in groups.items():
         total = total + task.loss(output[group], target[group]) * (weight * len(group) / len(samples))
     return total
 
 
-def balance_of(cohort: PatientSource, patients: Sequence[Patient]) -> dict[int, float]:
-    """The weight of each label with which all that occur among these patients' studies count alike; their mean is 1."""
-    counts = Counter(cohort.category(study) for patient in patients for study in patient.studies)
-    n = sum(count for label, count in counts.items() if label is not None)
-    occurring = [label for label in counts if label is not None]
-    return {label: n / (len(occurring) * counts[label]) for label in occurring}
+def balance_of(cohort: PatientSource, patients: Sequence[Patient]) -> dict[str, float]:
+    """The weight of each labelled study with which all labels that occur with a scanner count alike among its studies.
+
+    A scanner keeps its share of the site, and the mean weight is 1: what goes with a scanner no longer goes with a label
+    (the sites' own reweighting of groups, after Idrissi et al. 2022, arXiv:2110.14503).
+    """
+    groups = {
+        study: (cohort.scanner(study), cohort.category(study))
+        for patient in patients
+        for study in patient.studies
+        if cohort.category(study) is not None
+    }
+    counts = Counter(groups.values())
+    of_scanner = Counter(scanner for scanner, _ in groups.values())
+    n_labels = Counter(scanner for scanner, _ in counts)
+    return {
+        study: of_scanner[scanner] / (n_labels[scanner] * counts[scanner, label])
+        for study, (scanner, label) in groups.items()
+    }
 
 
 class PatientGradients:

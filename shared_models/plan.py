@@ -263,8 +263,8 @@ class TrainingTable(_Table):
     )
     balanced: bool | None = Field(
         default=None,
-        description="true: at each site all labels count alike in the loss, however common they are there; leave it out "
-        "otherwise",
+        description="true: at each site, among the studies of each of its scanners, all labels count alike in the loss, "
+        "however common they are there; leave it out otherwise",
     )
     flips: bool = Field(default=True, description="mirror patches left to right at random: true or false")
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description='"adam", "adamw" or "sgd"')

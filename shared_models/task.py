@@ -37,6 +37,9 @@ class Sample:
     scanner: int = -1
     """Place of its scanner in the plan's table, where the plan tells them apart; else -1."""
 
+    weight: float = 1.0
+    """How much it counts in the loss."""
+
 
 @dataclass(frozen=True)
 class Picture:

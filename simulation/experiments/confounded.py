@@ -33,7 +33,8 @@ SEVERAL: dict[str, tuple[bool, dict[str, Any] | None]] = {
     "two-appearance": (False, {"appearance": True}),
     "two-adversary": (False, MARGINAL),
     "two-adversary-conditional": (False, {**MARGINAL, "conditional": True}),
-    "two-appearance-conditional": (False, {"appearance": True, **MARGINAL, "conditional": True}),
+    "two-balanced-appearance": (True, {"appearance": True}),
+    "two-balanced-conditional": (True, {**MARGINAL, "conditional": True}),
 }
 """Two scanners a site."""
 

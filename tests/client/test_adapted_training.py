@@ -135,18 +135,22 @@ class TestWhoAdapts:
         assert result.loss > 0
         assert all(np.isfinite(array).all() for array in result.update.values())
 
-    def test_rare_label_counts_as_much_as_a_common_one(self):
+    def test_label_rare_with_its_scanner_counts_as_much_as_a_common_one(self):
         """
-        Weights are inverse to how often a label occurs at the site, and their mean over samples is 1.
+        Weights are inverse to how often a label occurs with a scanner, and their mean over the scanner's studies is 1.
         """
         plan = contracts.example_plan("classification")
-        cohort = scanned(plan, 4)
-        categories = [0, 0, 0, 1]
-        for study, category in zip(sorted(cohort.volumes), categories, strict=True):
+        cohort = scanned(plan, 8)
+        categories = dict(zip(sorted(cohort.volumes), [0, 1, 0, 1, 0, 1, 1, 1], strict=True))
+        for study, category in categories.items():
             cohort.volumes[study] = replace(cohort.volumes[study], category=category)
         weights = balance_of(cohort, cohort.patients("train"))
 
-        assert weights == {0: pytest.approx(2 / 3), 1: pytest.approx(2.0)}
+        assert weights == {
+            **{f"p{n}-s0": pytest.approx(2 / 3) for n in (0, 2, 4)},
+            "p6-s0": pytest.approx(2.0),
+            **{f"p{n}-s0": pytest.approx(1.0) for n in (1, 3, 5, 7)},
+        }
         balanced = contracts.example_plan("classification", training={"balanced": True})
         assert trained(balanced, cohort).loss > 0
 
