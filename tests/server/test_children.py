@@ -11,6 +11,7 @@ from deployed import is_alive, until
 from server.processes import Child
 
 STARTS_ANOTHER = "sleep 300 & echo $! >>{}; wait"
+STARTS_A_DEAF_ONE = "(trap '' TERM; exec sleep 300) & echo $! >>{}; wait"
 
 
 @pytest.fixture
@@ -18,9 +19,9 @@ def started(tmp_path):
     """Starts a process that starts another; the process, and the numbers of all that it has ever started."""
     children = []
 
-    def start(**how) -> tuple[Child, list[int]]:
+    def start(script=STARTS_ANOTHER, **how) -> tuple[Child, list[int]]:
         told = tmp_path / "started"
-        command = ["sh", "-c", STARTS_ANOTHER.format(told)]
+        command = ["sh", "-c", script.format(told)]
         child = Child("a process", command, log_file=tmp_path / "log", **how)
         children.append(child)
         child.start()
@@ -49,6 +50,18 @@ def test_what_a_killed_process_has_started_ends_unless_it_may_go_on(started, out
         until(lambda: not is_alive(before), within_s=5)
     child.stop()
     until(lambda: not is_alive(others()[1]), within_s=5)
+
+
+def test_leftover_that_will_not_end_in_good_order_is_killed_before_the_next_start(started):
+    """
+    It gets its signal first, and may still hold a port that the next one needs.
+    """
+    child, others = started(STARTS_A_DEAF_ONE, leftover_signal=signal.SIGTERM)
+    (before,) = others()
+    os.kill(child.pid, signal.SIGKILL)
+    until(child.keep_running)
+
+    until(lambda: not is_alive(before), within_s=5)
 
 
 def test_what_a_process_has_started_ends_with_it_when_both_were_told_to(started):
