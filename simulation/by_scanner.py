@@ -19,6 +19,7 @@ from shared_models.adaptation import describe, without_discriminator
 from shared_models.plan import Plan
 from shared_models.scanners import ScannerTable
 from shared_models.seeds import generator
+from shared_models.task import Sample
 from shared_models.weights import Weights, load_weights
 from simulation.baselines import DEVICE
 from simulation.stations import SiteFolder, cohort_of
@@ -39,7 +40,8 @@ def measure_scanners(
     seen_mean       the same over all of them
     unseen          by hospital that trained nothing, with its scanner
     unseen_mean     over all patients there together
-    leakage         of the scanner from features (:func:`leakage`); None with fewer than two scanners
+    leakage         what a fresh probe reads of the scanner off the features (:func:`probed`)
+    kept            what one reads of the label: adaptation must not hide it, too
     ==============  ==================================================================================
     """
     trainer = resident_trainer(plan, DEVICE)
@@ -59,41 +61,60 @@ def measure_scanners(
             for site, (name, rows) in zip(unseen, elsewhere.items(), strict=True)
         },
         "unseen_mean": summary([row for rows in elsewhere.values() for row in rows]),
-        "leakage": leakage(trainer, weights, sites),
+        **probed(trainer, weights, sites),
     }
 
 
-def leakage(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> dict[str, float] | None:
-    """How well a fresh probe reads the scanner off the features of test patients.
+def probed(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> dict[str, dict[str, float] | None]:
+    """How well fresh probes read the scanner (``leakage``) and the label (``kept``) off the features of test patients.
 
-    A logistic regression learns on half of them and names the scanners of the other half; ``accuracy`` is the mean over
-    scanners and ``chance`` what guessing gives. The accuracy of the discriminator that a network was trained against is
-    no evidence: features can hide from one reader alone.
+    A logistic regression learns on half of them and names the other half; ``accuracy`` is the mean over what is told
+    apart, and ``chance`` what guessing gives. None where there is one scanner, or no label. The label of a sample is
+    that of its study, or whether it holds anything outlined. The accuracy of the discriminator that a network was trained
+    against is no evidence: features can hide from one reader alone.
     """
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-    from sklearn.metrics import balanced_accuracy_score  # type: ignore[import-untyped]
-    from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
-    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
-
     table = ScannerTable(trainer.plan.adaptation.scanners if trainer.plan.adaptation else None)
     load_weights(trainer.network, weights)
     described: list[NDArray[np.float32]] = []
+    labels: list[list[int]] = []
     scanners: list[int] = []
     for site in sites:
         cohort = cohort_of(site, trainer.plan)
         for patient in cohort.patients("test"):
             rng = generator("probe", patient.key)
-            drawn = [trainer.task.draw(cohort.volume(patient.studies[0]), rng).image for _ in range(DRAWS)]
-            image = torch.from_numpy(np.stack(drawn)).to(trainer.device)
-            described.append(descriptor_of(trainer.network, image).mean(0))
+            drawn = [trainer.task.draw(cohort.volume(patient.studies[0]), rng) for _ in range(DRAWS)]
+            image = torch.from_numpy(np.stack([sample.image for sample in drawn])).to(trainer.device)
+            described.append(descriptor_of(trainer.network, image))
+            labels.append([_label(trainer.plan, sample) for sample in drawn])
             scanners.append(table.place(cohort.scanner(patient.studies[0])))
-    values, truth = np.array(described), np.array(scanners)
-    first = np.arange(len(truth)) % 2 == 0
-    if len(set(truth[first])) < 2 or set(truth[~first]) - set(truth[first]):
+    values, is_first = np.array(described), np.arange(len(scanners)) % 2 == 0
+    return {
+        "leakage": _told_apart(values.mean(1), np.array(scanners), is_first),
+        "kept": _told_apart(np.concatenate(values), np.array(labels).ravel(), np.repeat(is_first, DRAWS)),
+    }
+
+
+def _label(plan: Plan, sample: Sample) -> int:
+    """0 for every sample of a task without labels."""
+    if plan.task.kind == "segmentation":
+        return int(sample.target.max() > 0)
+    return int(sample.target) if plan.task.kind == "classification" else 0
+
+
+def _told_apart(
+    values: NDArray[np.float32], truth: NDArray[np.int64], is_first: NDArray[np.bool_]
+) -> dict[str, float] | None:
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.metrics import balanced_accuracy_score  # type: ignore[import-untyped]
+    from sklearn.pipeline import make_pipeline  # type: ignore[import-untyped]
+    from sklearn.preprocessing import StandardScaler  # type: ignore[import-untyped]
+
+    first, second = truth[is_first], truth[~is_first]
+    if len(set(first)) < 2 or not len(second) or set(second) - set(first):
         return None
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(values[first], truth[first])
-    accuracy = balanced_accuracy_score(truth[~first], probe.predict(values[~first]))
-    return {"accuracy": float(accuracy), "chance": 1 / len(set(truth[~first]))}
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(values[is_first], first)
+    accuracy = balanced_accuracy_score(second, probe.predict(values[~is_first]))
+    return {"accuracy": float(accuracy), "chance": 1 / len(set(second))}
 
 
 def descriptor_of(network: nn.Module, image: torch.Tensor) -> NDArray[np.float32]:

@@ -170,11 +170,11 @@ class Budget(Part):
     """For one image, of an image-level plan."""
 
 
-class Leakage(Part):
-    """How well a fresh probe reads the scanner off the features of test patients."""
+class Probe(Part):
+    """How well a fresh probe reads something off the features of test patients."""
 
     accuracy: float
-    """Mean over scanners of the share that it names."""
+    """Mean over what it tells apart of the share that it names."""
 
     chance: float
     """What guessing gives."""
@@ -187,7 +187,8 @@ class Scanners(Part):
     unseen: dict[str, dict[str, float | str]]
     """By hospital that trained nothing; ``scanner`` says what it has."""
 
-    leakage: Leakage | None = None
+    leakage: Probe | None = None
+    kept: Probe | None = None
 
 
 class Run(Part):

@@ -142,8 +142,15 @@ def a_private_result() -> dict:
 def a_result_by_scanner() -> dict:
     """The same of a plan about scanners."""
     unseen = {"unseen-1": {"scanner": "Hitachi Koharu 0.4 T", "dice": 0.4321}}
-    seen = {"SIEMENS Aldera 3 T": {"dice": 0.8772}}
-    return a_result() | {"scanners": {"seen": seen, "unseen": unseen, "leakage": {"accuracy": 0.912, "chance": 0.25}}}
+    seen = {"SIEMENS Aldera 3 T": {"dice": 0.8772}, "GE Vesper 1.5 T": {"dice": 0.7914}}
+    return a_result() | {
+        "scanners": {
+            "seen": seen,
+            "unseen": unseen,
+            "leakage": {"accuracy": 0.912, "chance": 0.25},
+            "kept": {"accuracy": 0.834, "chance": 0.5},
+        }
+    }
 
 
 def an_unfinished_result(n_rounds: int, **ending: str) -> dict:
@@ -403,7 +410,16 @@ class TestRunReport:
 
         assert all(
             text in page.text
-            for text in ("SIEMENS Aldera 3 T", "0.877", "Hitachi Koharu 0.4 T", "never", "0.432", "0.912")
+            for text in (
+                "SIEMENS Aldera 3 T",
+                "0.877",
+                "Hitachi Koharu 0.4 T",
+                "never",
+                "0.432",
+                "0.912",
+                "0.834",
+                "Worst scanner",
+            )
         )
         assert "Scanner by scanner" not in a_page(tmp_path, a_result()).text
 
