@@ -118,6 +118,7 @@ TITLES: dict[str, str] = {
     "R234": "an optional part is not installed",
     "R235": "not emulated by a staged deployment",
     "R236": "a deployment cannot be staged",
+    "R237": "MLflow did not take the results",
 }
 """Every number in use and its one-line title; ``docs/errors/<code>.md`` has the page."""
 

@@ -193,6 +193,25 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJs
     print(json.dumps({"report": str(path)}) if as_json else path)
 
 
+@app.command()
+def log(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What run, experiment or sweep has made.")],
+    to: Annotated[str, typer.Option("--to", help="MLflow: http://SERVER, or sqlite:///FILE.")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Experiment there; the plan's or experiment's own unless given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send a run, or every run of an experiment, to MLflow; what is there already is not sent twice."""
+    from simulation.tracking import finished_runs, log_results
+
+    result = read_result(folder)
+    into = name or str(result.get("experiment") or result["plan"])
+    runs = finished_runs(folder, result)
+    n_new = log_results(runs, into, to)
+    print(json.dumps({"experiment": into, "sent": n_new}) if as_json else f"{into}: {n_new} of {len(runs)} runs sent")
+
+
 def main() -> None:
     """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")

@@ -345,6 +345,7 @@ def describe(request: Request, sites: list[SiteFolder]) -> dict[str, Any]:
     return {
         "plan": plan.name,
         "plan_sha256": plan.sha256,
+        "settings": json.loads(plan.canonical_json()),
         "task": plan.task.kind,
         "headline": task.headline,
         "metrics": dict(task.metrics),
