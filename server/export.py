@@ -274,7 +274,9 @@ def _onnx_metadata(release: Release, plan: Plan) -> dict[str, str]:
 
 def _output_in_words(plan: Plan) -> str:
     if plan.task.kind not in OF_WHOLE_STUDIES:
-        return "logits; the label of a voxel is the index of the largest"
+        noise = "; the last channel is no label, but the logarithm of their variance"
+        learned = noise if plan.n_outputs > len(plan.task.labels) else ""
+        return f"logits; the label of a voxel is the index of the largest{learned}"
     if plan.task.kind in WITH_NUMBERS:
         return f"maps of {' and of '.join(plan.task.labels)}; the {plan.task.target} is {Quantification(plan).formula}"
     sharpness = plan.task.sharpness or SHARPNESS
@@ -362,6 +364,8 @@ def network_definition(plan: Plan) -> dict[str, Any]:
     """
     if plan.task.views is not None:
         raise _undescribed(f'views = "{plan.task.views}"')
+    if plan.n_outputs > len(plan.task.labels):
+        raise _undescribed(f'loss = "{plan.training.loss}"')
     if plan.task.network not in _DEFINITIONS:
         raise _undescribed(f'network = "{plan.task.network}"')
     return _DEFINITIONS[plan.task.network](plan)

@@ -1,11 +1,13 @@
 """Losses of segmentation, by the name a plan uses.
 
 Each is a mean over samples: what a sample adds does not depend on the others in the batch, as privacy of patients demands.
-All take logits, float32 ``(batch, label, [z,] y, x)``, and label indices, int64 ``(batch, 1, [z,] y, x)``.
+All take logits, float32 ``(batch, label, [z,] y, x)``, and label indices, int64 ``(batch, 1, [z,] y, x)``; where noise is
+learned, its logarithm is a channel after the labels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,6 +18,9 @@ from torch.nn import functional as F
 from shared_models.plan import Plan
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+N_DRAWS = 10
+"""Draws of the noise in one evaluation of the heteroscedastic loss."""
 
 GAMMA = 2.0
 """How fast the focal loss forgets voxels that are right; the paper's value."""
@@ -34,6 +39,9 @@ def loss_of(plan: Plan) -> Loss:
         "binary-dice": binary_dice,
         "cross-entropy": lambda output, target: cross_entropy(output, target, weights),
         "focal": lambda output, target: focal(output, target, weights),
+        "heteroscedastic": lambda output, target: (
+            soft_dice(output[:, :-1], target) + heteroscedastic(output, target, weights)
+        ),
     }[name]
 
 
@@ -65,3 +73,22 @@ def focal(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     arXiv:1708.02002, eq. 5)."""
     plain = F.cross_entropy(output, target[:, 0], reduction="none")
     return (weights.to(output)[target[:, 0]] * (1 - torch.exp(-plain)) ** GAMMA * plain).mean()
+
+
+def heteroscedastic(output: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of logits with Gaussian noise whose variance is learned for each voxel: the label's weight times minus
+    the logarithm of the mean softmax over draws (Kendall and Gal 2017, arXiv:1703.04977, eq. 12).
+
+    The draws are the same for every sample and step, so a sample's loss depends on nothing but the sample.
+
+    Parameters
+    ----------
+    output
+        Means of the logits and, in the last channel, the logarithm of their variance: ``(batch, label + 1, [z,] y, x)``.
+    """
+    logits, log_variance = output[:, :-1], output[:, -1:]
+    deviation = torch.exp(0.5 * log_variance)
+    noise = torch.randn((N_DRAWS, 1, *logits.shape[1:]), generator=torch.Generator().manual_seed(0)).to(logits)
+    right = torch.stack([-F.cross_entropy(logits + deviation * one, target[:, 0], reduction="none") for one in noise])
+    mean = torch.logsumexp(right, dim=0) - math.log(N_DRAWS)
+    return -(weights.to(output)[target[:, 0]] * mean).mean()

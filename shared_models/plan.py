@@ -60,7 +60,7 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
 
 LOSSES: dict[str, tuple[str, ...]] = {
-    "segmentation": ("dice-ce", "dice", "binary-dice", "cross-entropy", "focal"),
+    "segmentation": ("dice-ce", "dice", "binary-dice", "cross-entropy", "focal", "heteroscedastic"),
     "count": ("poisson", "squared"),
     "proportion": ("proportion", "squared"),
 }
@@ -251,11 +251,23 @@ class TrainingTable(_Table):
         default=0.5, ge=0, le=1, description="share of patches centred on a labelled voxel, 0 to 1"
     )
     loss: (
-        Literal["dice-ce", "dice", "binary-dice", "cross-entropy", "focal", "poisson", "proportion", "squared"] | None
+        Literal[
+            "dice-ce",
+            "dice",
+            "binary-dice",
+            "cross-entropy",
+            "focal",
+            "heteroscedastic",
+            "poisson",
+            "proportion",
+            "squared",
+        ]
+        | None
     ) = Field(
         default=None,
-        description='of segmentation "dice", "binary-dice" for two labels, "cross-entropy", "focal", or leave it out for '
-        '"dice-ce"; of quantification "squared", or leave it out for "poisson" of counts and "proportion" of proportions',
+        description='of segmentation "dice", "binary-dice" for two labels, "cross-entropy", "focal", "heteroscedastic" to '
+        'learn the noise of each voxel, too, or leave it out for "dice-ce"; of quantification "squared", or leave it out '
+        'for "poisson" of counts and "proportion" of proportions',
     )
     class_weights: tuple[Annotated[float, Field(gt=0, le=1000)], ...] | None = Field(
         default=None,
@@ -652,6 +664,11 @@ class Plan(_Table):
     simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
     privacy: PrivacyTable | None = Field(default=None, description="a table [privacy]; leave it out for none")
     adaptation: AdaptationTable | None = Field(default=None, description="a table [adaptation]; leave it out for none")
+
+    @property
+    def n_outputs(self) -> int:
+        """Channels of what a network of labels answers: a logit for each, and the noise of them all where it is learned."""
+        return len(self.task.labels) + (self.training.loss == "heteroscedastic")
 
     @model_validator(mode="after")
     def _private_release(self) -> Self:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -65,6 +65,9 @@ class Picture:
 
     panels: tuple[str, ...] = ()
     """What the parts of ``image`` are that lie side by side, from the left; empty for a single image."""
+
+    doubts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Maps of how unsure the model is at each pixel, by name, each ``(y, x)`` between 0 and 1."""
 
 
 class Task(ABC):
@@ -137,9 +140,18 @@ class Task(ABC):
         """
         return mean_metrics(patients)
 
+    def doubts(self, network: nn.Module, volume: Volume, device: torch.device) -> dict[str, NDArray[np.float32]]:
+        """Maps of how unsure ``network`` is, each between 0 and 1, by name; empty for tasks that have none."""
+        return {}
+
     @abstractmethod
-    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
-        """The plane of ``volume`` that shows best how good ``prediction`` is."""
+    def picture(
+        self,
+        prediction: NDArray[np.generic],
+        volume: Volume,
+        doubts: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> Picture:
+        """The plane of ``volume`` that shows best how good ``prediction`` is, with that plane of :meth:`doubts`."""
 
 
 def mean_metrics(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

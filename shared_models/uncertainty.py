@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 N_BINS = 15
@@ -35,6 +35,42 @@ def mutual_information(members: Array) -> Array:
     """Entropy of the members' mean minus the mean of their entropies: what they disagree about [nats]."""
     between: Array = entropy(members.mean(axis=0)) - entropy(members, axis=1).mean(axis=0)
     return between
+
+
+class Members:
+    """What several models, or passes of one, say of one image, added up: their mean, and what they disagree about.
+
+    Each is a distribution over labels, ``(label, ...)``, float32.
+    """
+
+    def __init__(self) -> None:
+        self._n = 0
+        self._sum: Array = np.zeros(())
+        self._entropies: Array = np.zeros(())
+
+    def add(self, probabilities: NDArray[np.float32]) -> None:
+        """One of them."""
+        one = probabilities.astype(np.float64)
+        self._n += 1
+        self._sum = self._sum + one
+        self._entropies = self._entropies + entropy(one)
+
+    @property
+    def mean(self) -> NDArray[np.float32]:
+        """The mean distribution, ``(label, ...)``."""
+        return np.asarray(self._sum / self._n, np.float32)
+
+    @property
+    def uncertainty(self) -> NDArray[np.float32]:
+        """Entropy of the mean over the largest possible, ``(...)``: 0 (certain) to 1."""
+        return np.asarray(entropy(self._sum / self._n) / np.log(len(self._sum)), np.float32).clip(0, 1)
+
+    @property
+    def disagreement(self) -> NDArray[np.float32]:
+        """Mutual information over the largest possible entropy, ``(...)``, 0 to 1 (Kendall and Gal 2017,
+        arXiv:1703.04977): what they disagree about, and more data would settle."""
+        nats = entropy(self._sum / self._n) - self._entropies / self._n
+        return np.asarray(nats / np.log(len(self._sum)), np.float32).clip(0, 1)
 
 
 def disagreement(members: NDArray[np.integer], labels: int) -> float:
@@ -131,28 +167,3 @@ def dropping(network: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def heteroscedastic_loss(
-    logits: Tensor, log_variance: Tensor, target: Tensor, n_draws: int = 10, generator: torch.Generator | None = None
-) -> Tensor:
-    """Cross-entropy of logits that are Gaussian: minus the logarithm of the mean softmax over draws (Kendall and Gal 2017,
-    eq. 12).
-
-    Parameters
-    ----------
-    logits
-        Means, ``(batch, label, ...)``.
-    log_variance
-        Logarithms of their variances, of the same shape or ``(batch, 1, ...)`` for one of all labels.
-    target
-        Label indices, int64 ``(batch, ...)``.
-    """
-    deviation = torch.exp(0.5 * log_variance)
-    draws = []
-    for _ in range(n_draws):
-        noise = torch.randn(logits.shape, generator=generator, dtype=logits.dtype, device=logits.device)
-        draws.append(-F.cross_entropy(logits + deviation * noise, target, reduction="none"))
-    mean = torch.logsumexp(torch.stack(draws), dim=0) - np.log(n_draws)
-    loss: Tensor = -mean.mean()
-    return loss

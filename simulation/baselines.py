@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from client.data.cohort import Cohort, Patient
@@ -348,7 +349,10 @@ def show_patients(plan: Plan, site: SiteFolder, encoded: bytes) -> list[tuple[Te
     shown = []
     for key in chosen:
         volume = cohort.volume(studies[key])
-        picture = trainer.task.picture(trainer.predict_loaded(volume), volume)
+        prediction = trainer.predict_loaded(volume)
+        with torch.inference_mode():
+            doubts = trainer.task.doubts(trainer.network, volume, trainer.device)
+        picture = trainer.task.picture(prediction, volume, doubts)
         shown.append((TestPatient(site.name, measured[key], studies[key]), picture))
     return shown
 

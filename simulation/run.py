@@ -497,6 +497,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
             }
             if picture.heat is not None:
                 arrays[f"{k}/heat"] = picture.heat.astype(np.float32)
+            arrays |= {f"{k}/doubt {name}": doubt.astype(np.float32) for name, doubt in picture.doubts.items()}
             meta.append(
                 json.dumps(
                     {
@@ -508,6 +509,7 @@ def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, w
                         "caption": picture.caption,
                         "pixel_mm": list(picture.pixel_mm),
                         "panels": list(picture.panels),
+                        "doubts": list(picture.doubts),
                     }
                 )
             )

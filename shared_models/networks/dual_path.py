@@ -29,7 +29,7 @@ class DualPath(nn.Module):
         self.fine, self.coarse = (self._path((len(plan.data.channels), *channels)) for _ in range(2))
         self.head = nn.Sequential(
             Convolution(self._n_axes, 2 * channels[-1], channels[-1], kernel_size=1, act="RELU", norm=NORM),
-            Convolution(self._n_axes, channels[-1], len(plan.task.labels), kernel_size=1, conv_only=True),
+            Convolution(self._n_axes, channels[-1], plan.n_outputs, kernel_size=1, conv_only=True),
         )
 
     def forward(self, image: Tensor) -> Tensor:

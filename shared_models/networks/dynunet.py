@@ -42,7 +42,7 @@ class DynamicUNet(nn.Module):
             )
             for i in reversed(range(len(channels) - 1))
         )
-        self.head = UnetOutBlock(n_axes, channels[0], len(plan.task.labels))
+        self.head = UnetOutBlock(n_axes, channels[0], plan.n_outputs)
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``(batch, label, [z,] y, x)`` of float32 ``(batch, input channel, [z,] y, x)``."""

@@ -23,7 +23,7 @@ def build(plan: Plan) -> nn.Module:
         spatial_dims=plan.data.dimensions,
         init_filters=plan.task.channels[0],
         in_channels=len(plan.data.channels),
-        out_channels=len(plan.task.labels),
+        out_channels=plan.n_outputs,
         dropout_prob=plan.task.dropout,
         norm=("GROUP", {"num_groups": groups_of(plan.task.channels[0])}),
         blocks_down=(n_blocks,) * n_depths,

@@ -23,7 +23,7 @@ def build(plan: Plan) -> nn.Module:
     network: nn.Module = UNet(
         spatial_dims=plan.data.dimensions,
         in_channels=len(plan.data.channels),
-        out_channels=len(plan.task.labels),
+        out_channels=plan.n_outputs,
         channels=plan.task.channels,
         strides=(2,) * (n_depths - 1),
         num_res_units=plan.task.residual_units,

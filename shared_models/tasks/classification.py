@@ -256,7 +256,12 @@ class Classification(Task):
             found["localisation"] = sum(row["hit"] for row in patients) / n_outlined
         return found
 
-    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
+    def picture(
+        self,
+        prediction: NDArray[np.generic],
+        volume: Volume,
+        doubts: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> Picture:
         """The slice with the largest outline, or with the largest heat where there is none.
 
         The heat is that of the predicted label, or of the second where there are two: where nothing speaks for a

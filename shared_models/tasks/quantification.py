@@ -166,7 +166,12 @@ class Quantification(Classification):
         both = {name: means[name] for name in ("ratio", "absolute_error")}
         return {**found, **both, "bias": agreed.bias, "limits": agreed.limits}
 
-    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
+    def picture(
+        self,
+        prediction: NDArray[np.generic],
+        volume: Volume,
+        doubts: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> Picture:
         """The slice with the largest outline, or with the largest evidence where there is none."""
         shown = super().picture(prediction, replace(volume, category=None))
         known = "unknown" if volume.interval is None else self.in_words(float(np.mean(volume.interval)))

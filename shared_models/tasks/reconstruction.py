@@ -208,7 +208,12 @@ class Reconstruction(Task):
             "zero_filled_ssim": none["ssim"],
         }
 
-    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
+    def picture(
+        self,
+        prediction: NDArray[np.generic],
+        volume: Volume,
+        doubts: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> Picture:
         """Reference, zero-filled image, reconstruction and error of the slice with the most signal, side by side."""
         reference, zero_filled, reconstruction = (
             magnitude(images) for images in (volume.image, self.zero_filled(volume), np.asarray(prediction, np.float32))

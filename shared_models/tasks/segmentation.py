@@ -23,6 +23,7 @@ from shared_models.clinical import agreement
 from shared_models.losses import loss_of
 from shared_models.plan import Plan
 from shared_models.task import Picture, Sample, Task, mean_metrics
+from shared_models.uncertainty import Members, dropping
 from shared_models.volume import Volume, crop, in_greys
 
 # MONAI 1.6 warns of its own use of an argument that it has deprecated; there is nothing a caller can do about it.
@@ -33,6 +34,9 @@ WINDOWS_AT_ONCE = 8
 
 OVERLAP = 0.25
 """Share of a window that overlaps the next one."""
+
+PASSES = 20
+"""Passes with dropout that a map of doubts is made of."""
 
 PICTURES = frozenset({"OP", "DX"})
 """Modalities that come as picture files, which do not say how large a pixel is."""
@@ -84,7 +88,8 @@ class Segmentation(Task):
         Parameters
         ----------
         output
-            Logits, float32 ``(batch, label, [z,] y, x)``.
+            Logits, float32 ``(batch, label, [z,] y, x)``, and with ``loss = "heteroscedastic"`` the logarithm of their
+            variance in a last channel.
         target
             Label indices, int64 ``(batch, 1, [z,] y, x)``.
         """
@@ -98,9 +103,35 @@ class Segmentation(Task):
     def probabilities(
         self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device
     ) -> NDArray[np.float32]:
-        """Of each label at each voxel, ``(label, z, y, x)``; the largest is the one that :meth:`predict` gives."""
-        logits = self.logits(network, volume, device)
-        return np.asarray(torch.softmax(logits.float(), dim=0).cpu().numpy(), np.float32)
+        """Of each label at each voxel, ``(label, z, y, x)``; the largest is the one that :meth:`predict` gives.
+
+        Where the noise of logits is learned, their mean over it is taken in closed form, as if it were that of two labels,
+        whose logits' difference has twice the variance (MacKay 1992, doi:10.1162/neco.1992.4.5.720, eq. 10).
+        """
+        answer = self._answer(network, volume, device).float()
+        logits = answer[: len(self.plan.task.labels)]
+        if len(answer) > len(logits):
+            logits = logits / torch.sqrt(1 + math.pi / 8 * 2 * torch.exp(answer[-1:]))
+        return np.asarray(torch.softmax(logits, dim=0).cpu().numpy(), np.float32)
+
+    def doubts(self, network: nn.Module, volume: Volume, device: torch.device) -> dict[str, NDArray[np.float32]]:
+        """How unsure ``network`` is of each voxel, each ``(z, y, x)`` from 0 to 1.
+
+        ===============  ==============================================================================================
+        ``uncertainty``  entropy of the probabilities over the largest possible one
+        ``disagreement`` the part of it that passes with dropout disagree about; where the plan has ``dropout``, and
+                         probabilities are then means over :data:`PASSES` of them
+        ===============  ==============================================================================================
+        """
+        members = Members()
+        if not self.plan.task.dropout:
+            members.add(self.probabilities(network, volume, device))
+            return {"uncertainty": members.uncertainty}
+        with dropping(network), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(0)
+            for _ in range(PASSES):
+                members.add(self.probabilities(network, volume, device))
+        return {"uncertainty": members.uncertainty, "disagreement": members.disagreement}
 
     def n_windows(self, volume: Volume) -> int:
         """How many windows the network sees of a volume."""
@@ -113,6 +144,10 @@ class Segmentation(Task):
 
     def logits(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
         """What the network says for each label of each voxel, ``(label, z, y, x)``, from the same windows."""
+        return self._answer(network, volume, device)[: len(self.plan.task.labels)]
+
+    def _answer(self, network: Callable[[Tensor], Tensor], volume: Volume, device: torch.device) -> Tensor:
+        """The logits and, where it is learned, the logarithm of their variance, ``(label [+ 1], z, y, x)``."""
         image = torch.from_numpy(np.array(volume.image, np.float32)).to(device)
         slices_first = self.plan.data.dimensions == 2
         batch = image.movedim(1, 0) if slices_first else image[None]
@@ -175,12 +210,23 @@ class Segmentation(Task):
                 found[f"volume ICC: {name}"] = agreed.icc
         return found
 
-    def picture(self, prediction: NDArray[np.generic], volume: Volume) -> Picture:
+    def picture(
+        self,
+        prediction: NDArray[np.generic],
+        volume: Volume,
+        doubts: Mapping[str, NDArray[np.float32]] | None = None,
+    ) -> Picture:
         """The slice with the largest reference, or the middle one where there is none."""
         label = volume.label if volume.label is not None else np.zeros(volume.image.shape[1:], np.uint8)
         areas = (label > 0).sum(axis=(1, 2))
         z = int(areas.argmax()) if areas.any() else label.shape[0] // 2
-        return Picture(in_greys(volume.image[:, z]), label[z], prediction[z].astype(np.uint8), volume.spacing_mm[1:])
+        return Picture(
+            in_greys(volume.image[:, z]),
+            label[z],
+            prediction[z].astype(np.uint8),
+            volume.spacing_mm[1:],
+            doubts={name: doubt[z] for name, doubt in (doubts or {}).items()},
+        )
 
     def _window_size(self) -> tuple[int, int, int]:
         patch = self.plan.data.patch

@@ -28,6 +28,9 @@ SMALLEST_WINDOW = 0.5
 HEAT_SHARE = 0.6
 """How much of a picture its heatmap covers where it is hottest."""
 
+LEAST_DOUBT = 0.02
+"""A map of doubt is shown up to its largest value in the picture, but for smaller ones than this, which stay dark."""
+
 MARGIN = 2.2
 """Sides of the shown part over those of what is outlined, where that is more."""
 
@@ -59,6 +62,8 @@ class Picture:
     """Outline of the model's prediction, likewise."""
     stretch: float
     """Height of a pixel over its width."""
+    doubts: dict[str, str]
+    """The image under a map of how unsure the model is, as a data URI, by the map's name."""
 
 
 def pictures(folder: Path, metric: str) -> dict[str, list[Picture]]:
@@ -75,12 +80,13 @@ def pictures(folder: Path, metric: str) -> dict[str, list[Picture]]:
 
 def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any], metric: str) -> Picture:
     image, truth, prediction = (arrays[f"{k}/{part}"] for part in ("image", "truth", "prediction"))
+    doubts = {name: arrays[f"{k}/doubt {name}"] for name in about.get("doubts", ())}
     heat = arrays.get(f"{k}/heat")
     if heat is not None:
         image = _heated(image, heat)
     n_panels = max(1, len(about.get("panels", ())))
     step = -(-max(image.shape[0], image.shape[1] // n_panels) // LONGEST_SIDE)
-    reduced = Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).reduce(step)
+    reduced = _reduced(image, step)
     truth, prediction = (mask[step // 2 :: step, step // 2 :: step] for mask in (truth, prediction))
     y_mm, x_mm = about["pixel_mm"]
     width, height = reduced.width, round(reduced.height * y_mm / x_mm, 2)
@@ -95,14 +101,22 @@ def _picture(arrays: Mapping[str, NDArray[Any]], k: int, about: Mapping[str, Any
         has_heat=heat is not None,
         has_outline=bool(outlined.any()),
         panels=tuple(about.get("panels", ())),
-        source=_data_uri(reduced, is_photograph=image.ndim == 3 and heat is None),
+        source=_data_uri(reduced, image.ndim == 3 and heat is None),
         width=width,
         height=height,
         window=(0, 0, width, height) if heat is not None or n_panels > 1 else _window(outlined, width, height),
         truth=_outline(truth),
         prediction=_outline(prediction),
         stretch=y_mm / x_mm,
+        doubts={
+            name: _data_uri(_reduced(_heated(image, doubt / max(doubt.max(), LEAST_DOUBT)), step), image.ndim == 3)
+            for name, doubt in doubts.items()
+        },
     )
+
+
+def _reduced(image: NDArray[Any], step: int) -> Image.Image:
+    return Image.fromarray((255 * image.clip(0, 1)).round().astype(np.uint8)).reduce(step)
 
 
 def _heated(image: NDArray[Any], heat: NDArray[Any]) -> NDArray[Any]:
@@ -113,7 +127,7 @@ def _heated(image: NDArray[Any], heat: NDArray[Any]) -> NDArray[Any]:
     return blended
 
 
-def _data_uri(image: Image.Image, *, is_photograph: bool) -> str:
+def _data_uri(image: Image.Image, is_photograph: bool) -> str:
     """PNG for slices; JPEG for colour photographs, which are several times smaller that way."""
     buffer = io.BytesIO()
     kind = "jpeg" if is_photograph else "png"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
+import contracts
 import numpy as np
 import onnx
 import onnxruntime
@@ -593,6 +594,14 @@ class TestWords:
         monkeypatch.setattr(export_module, "_DEFINITIONS", {})
         monkeypatch.setattr(export_module, "_DESCRIBED_TASKS", ("segmentation",))
         assert code_of(lambda: export(releases["2-D"], tmp_path / "bundle")) == "P104"
+
+    def test_learned_noise_is_no_label_of_a_bundle(self):
+        """
+        MONAI's words would take the channel of the noise for a label.
+        """
+        plan = contracts.example_plan(training={"loss": "heteroscedastic"})
+
+        assert code_of(lambda: export_module.network_definition(plan)) == "P104"
 
 
 def test_network_trained_against_a_discriminator_is_exported_without_it(tmp_path):

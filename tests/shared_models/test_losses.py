@@ -105,3 +105,45 @@ class TestEveryLoss:
         right = torch.from_numpy((8 * t - 4).astype(np.float32))
 
         assert loss(name, right, target) < loss(name, 0 * right, target) < loss(name, -right, target)
+
+
+def noisy(output, log_variance):
+    """The same logits with noise of one variance everywhere."""
+    return torch.cat([output, torch.full_like(output[:, :1], log_variance)], dim=1)
+
+
+def noisy_loss(output, target, **training):
+    labels = ["background", "one", "two"][: output.shape[1] - 1]
+    plan = contracts.example_plan(task={"labels": labels}, training={"loss": "heteroscedastic", **training})
+    return float(loss_of(plan)(output, target))
+
+
+class TestLearnedNoise:
+    @pytest.mark.parametrize("weights", [None, [1.0, 3.0, 0.5]])
+    def test_without_noise_it_is_dice_plus_cross_entropy(self, weights):
+        """
+        Draws that do not differ give the plain loss, weights and all.
+        """
+        output, target, *_ = case(3)
+        plain = loss("dice", output, target) + loss("cross-entropy", output, target, class_weights=weights)
+
+        assert noisy_loss(noisy(output, -40.0), target, class_weights=weights) == pytest.approx(plain, rel=1e-5)
+
+    def test_noise_costs_where_the_model_is_right_and_saves_where_it_is_wrong(self):
+        """
+        So a voxel whose label cannot be known is better called noisy than sure.
+        """
+        _, target, _, t = case()
+        right = torch.from_numpy((8 * t - 4).astype(np.float32))
+
+        assert noisy_loss(noisy(right, -40.0), target) < noisy_loss(noisy(right, 3.0), target)
+        assert noisy_loss(noisy(-right, 3.0), target) < noisy_loss(noisy(-right, -40.0), target)
+
+    def test_loss_of_a_batch_is_the_mean_of_its_samples(self):
+        """
+        Every sample meets the same draws, so none depends on the others or on what was drawn before.
+        """
+        output, target, *_ = case()
+        plan = contracts.example_plan(task={"labels": ["background", "one"]}, training={"loss": "heteroscedastic"})
+
+        contracts.assert_loss_is_mean_of_samples(task_for(plan), noisy(output, 1.0), target)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.nn import functional as F
 
+from client.network_contract import check_network
 from shared_models.task import task_for
 from shared_models.tasks.segmentation import WINDOWS_AT_ONCE, Segmentation, dice, surface_distances_mm
 from shared_models.volume import Volume
@@ -440,3 +441,83 @@ class TestPicture:
         assert picture.image.shape == (8, 8, 3)
         assert picture.image.max() == 1.0
         assert not picture.truth.any()
+
+    def test_doubts_are_shown_of_the_same_slice(self):
+        """
+        A map of how unsure the model is comes with the plane that is shown.
+        """
+        label = np.zeros((4, 8, 6), np.uint8)
+        label[2, :3, :3] = 1
+        doubt = np.random.default_rng(0).random(label.shape).astype(np.float32)
+        volume = Volume(np.zeros((1, *label.shape), np.float32), label, np.argwhere(label > 0), (1.0, 1.0, 1.0))
+        picture = task_with().picture(label, volume, {"uncertainty": doubt})
+
+        assert list(picture.doubts) == ["uncertainty"]
+        np.testing.assert_array_equal(picture.doubts["uncertainty"], doubt[2])
+
+
+class TestDoubts:
+    def test_noise_that_was_learned_softens_probabilities_as_its_mean_would(self):
+        """
+        Closed form within 0.02 of a hundred thousand draws, and the likeliest label stays the likeliest.
+        """
+        task = task_for(contracts.example_plan(training={"loss": "heteroscedastic"}))
+        means, variance = np.array([2.0, 0.5, -1.0]), 4.0
+        answer = torch.tensor([*means, np.log(variance)], dtype=torch.float32).view(1, 4, 1, 1)
+        volume = numbered((1, 8, 8))
+        found = task.probabilities(lambda image: answer.repeat(len(image), 1, 8, 8), volume, torch.device("cpu"))
+        drawn = means + np.sqrt(variance) * np.random.default_rng(0).standard_normal((100_000, 3))
+        expected = (np.exp(drawn) / np.exp(drawn).sum(axis=1, keepdims=True)).mean(axis=0)
+
+        np.testing.assert_allclose(found[:, 0, 0, 0], expected, atol=0.02)
+        predicted = task.predict(lambda image: answer.repeat(len(image), 1, 8, 8), volume, torch.device("cpu"))
+        assert (predicted == 0).all()
+
+    @pytest.mark.parametrize("network", ["unet", "segresnet", "dynunet", "dual-path"])
+    def test_network_with_learned_noise_answers_one_channel_more_and_keeps_patients_apart(self, network):
+        """
+        The private contract holds as for any other loss, and every parameter of the head is trained.
+        """
+        plan = contracts.example_plan(network=network, training={"loss": "heteroscedastic"})
+        task = task_for(plan)
+        image, target = contracts.example_batch(task)
+        made = task.build_network()
+        answer = made(image)
+        task.loss(answer, target).backward()
+
+        assert answer.shape[1] == len(plan.task.labels) + 1
+        assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in list(made.parameters())[-1:])
+        check_network(task.build_network(), task)
+
+    def test_plan_without_dropout_has_one_map_and_one_with_it_two(self):
+        """
+        Certain voxels are 0, those of which nothing is known 1; passes that drop nothing agree about everything, and the
+        same study gives the same maps again.
+        """
+        volume = numbered((1, 8, 8))
+        undecided = task_with().doubts(_Constant([0.0, 0.0, 0.0]), volume, torch.device("cpu"))
+        certain = task_with().doubts(_Constant([50.0, 0.0, 0.0]), volume, torch.device("cpu"))
+        dropped = task_for(contracts.example_plan(task={"dropout": 0.5}))
+        network = dropped.build_network().eval()
+        with torch.inference_mode():
+            first, again = (dropped.doubts(network, volume, torch.device("cpu")) for _ in range(2))
+            steady = dropped.doubts(_Constant([1.0, 0.0, 0.0]), volume, torch.device("cpu"))
+
+        assert undecided["uncertainty"] == pytest.approx(1.0)
+        assert certain["uncertainty"] == pytest.approx(0.0, abs=1e-6)
+        assert set(first) == {"uncertainty", "disagreement"}
+        assert (first["disagreement"] > 0).any()
+        assert (first["disagreement"] <= first["uncertainty"] + 1e-6).all()
+        assert steady["disagreement"] == pytest.approx(0.0, abs=1e-6)
+        np.testing.assert_array_equal(first["disagreement"], again["disagreement"])
+
+
+class _Constant(torch.nn.Module):
+    """Answers the same logits everywhere."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self._logits = torch.tensor(logits)
+
+    def forward(self, image):
+        return self._logits.view(1, -1, 1, 1).repeat(len(image), 1, *image.shape[2:])

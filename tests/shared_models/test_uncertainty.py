@@ -18,7 +18,6 @@ from shared_models.uncertainty import (
     dropping,
     entropy,
     expected_calibration_error,
-    heteroscedastic_loss,
     mutual_information,
     temperature,
 )
@@ -92,30 +91,7 @@ class TestCalibration:
         assert temperature(logits, truth) == pytest.approx(true, rel=0.06)
 
 
-class TestNoiseInTheData:
-    def test_without_variance_it_is_cross_entropy(self):
-        """
-        Draws that do not differ give the plain loss.
-        """
-        logits, target = torch.randn(4, 3, 5), torch.randint(0, 3, (4, 5))
-        plain = nn.functional.cross_entropy(logits, target)
-
-        assert heteroscedastic_loss(logits, torch.full((4, 1, 5), -40.0), target).item() == pytest.approx(
-            plain.item(), rel=1e-4
-        )
-
-    def test_variance_softens_the_loss_of_a_wrong_label(self):
-        """
-        Where labels cannot be right, saying so costs less than being sure.
-        """
-        logits, target = torch.tensor([[6.0, -6.0]]), torch.tensor([1])
-        sure, unsure = (
-            heteroscedastic_loss(logits, torch.full((1, 2), v), target, 500, torch.Generator().manual_seed(0))
-            for v in (-10.0, 3.0)
-        )
-
-        assert unsure < sure
-
+class TestDropout:
     @pytest.mark.parametrize(
         "network", ["unet", "segresnet", "dynunet", "dual-path", "resnet", "scan-plane", "densenet"]
     )

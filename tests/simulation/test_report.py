@@ -547,6 +547,25 @@ class TestRunReport:
         assert "x or y" in page.text
         assert "0.870" in page.text
 
+    def test_map_of_doubt_lies_below_its_picture_and_is_explained(self, tmp_path):
+        """
+        Undecided pixels are coloured, certain ones stay grey, in the same window as the picture above.
+        """
+        pictures = some_pictures()
+        doubt = np.zeros(pictures["0/image"].shape, np.float32)
+        doubt[10:20, 10:20] = 1.0
+        about = json.loads(str(pictures["meta"][0])) | {"doubts": ["uncertainty"]}
+        only = {k: pictures[k] for k in ("0/image", "0/truth", "0/prediction")} | {"0/doubt uncertainty": doubt}
+        page = a_page(tmp_path, a_result(), {**only, "meta": np.array([json.dumps(about)])})
+        above, below = [attributes["href"] for tag, attributes in page.tags if tag == "image"]
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(below).split(",")[1])))).astype(int)
+        is_coloured = np.ptp(shown, axis=2) > 8
+
+        assert above != below
+        assert is_coloured[10:20, 10:20].all()
+        assert not is_coloured[20:].any()
+        assert "where the shared model is undecided" in page.text
+
     @pytest.mark.parametrize(
         ("lacking", "empty", "said"),
         [
