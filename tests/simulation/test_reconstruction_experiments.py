@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulation.experiments import reconstruction, reconstruction_real
+from simulation.experiments import reconstruction, reconstruction_real, stability
 
 NAMES = {"zero_filled": "zero-filled", "wavelet_compressed_sensing": "wavelet compressed sensing"}
 
@@ -73,3 +73,32 @@ def test_arms_change_one_thing_each():
     assert full["4x-inconsistent"].task == full["4x"].task.model_copy(update={"consistency": "none"})
     assert all(quick[arm].rounds < full[arm].rounds for arm in full)
     assert reconstruction_real.arms(quick=True)[""].rounds < reconstruction_real.arms(quick=False)[""].rounds
+
+
+def carded_result(amplification, structure):
+    card = {"amplification": amplification, "structure": structure, "structure_zero_filled": 0.5}
+    return {
+        "stability": {"site-1": card, "site-2": card | {"amplification": amplification + 2}},
+        "test": {"psnr": 30.0},
+    }
+
+
+def test_steadiness_is_compared_seed_by_seed():
+    """
+    The worst change of the cascade over that of the U-Net, each the mean over sites; the disc that comes back is the
+    cascade's.
+    """
+    results = {
+        "cascade": [carded_result(1.0, 0.9), carded_result(3.0, 0.8)],
+        "image-unet": [carded_result(3.0, 0.4), carded_result(3.0, 0.4)],
+    }
+    found = stability.evaluate(results)
+    claims = {claim["id"]: claim for claim in found["claims"]}
+
+    assert claims["amplification_ratio"]["values"] == pytest.approx([0.5, 1.0])
+    assert claims["structure_recovered"]["value"] == pytest.approx(0.85)
+    assert [claim["holds"] for claim in claims.values()] == [True, True]
+    assert {arm: plan.task.network for arm, plan in stability.arms(quick=False).items()} == {
+        "cascade": "cascade",
+        "image-unet": "image-unet",
+    }
