@@ -173,6 +173,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             on_progress=progress,
         )
         result |= report_outcome(request, folder, outcome)
+        unseen: list[SiteFolder] = []
         if is_measured_by_scanner(request):
             unseen = find_unseen(request, sites, watcher)
             watcher.stage("scanners")
@@ -183,7 +184,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             result["classical"] = classical
         if request.plan.privacy is None and (card := find_stability(request, sites, outcome)):
             result["stability"] = card
-        take_pictures(request, sites, outcome, watcher)
+        take_pictures(request, [*sites, *unseen], outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
         result |= what_is_done(journal, error)
@@ -475,7 +476,8 @@ def local_means(rows: list[Row], metric: str, which: str = "local") -> tuple[flo
 
 
 def take_pictures(request: Request, sites: list[SiteFolder], outcome: Outcome, watcher: Watcher) -> None:
-    """Best, median and worst test patient of each site, with truth and prediction, to ``pictures.npz``."""
+    """Best, median and worst test patient of each site, also of unseen ones, with truth and prediction, to
+    ``pictures.npz``."""
     plan, weights = request.plan, encoded(outcome.best)
     watcher.stage("pictures", len(sites))
     arrays: dict[str, Any] = {}

@@ -9,7 +9,6 @@ is kept as ``docs/results/NAME.json``.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from shared_models.plan import Plan
 from simulation.baselines import measured_mean
 from simulation.consortium import emulation_sha256
 from simulation.engine import Execution
+from simulation.intervals import t_interval
 from simulation.run import Request, Watcher, find_sites, impossible, simulate, use_folder
 
 Results = Mapping[str, Sequence[dict[str, Any]]]
@@ -105,14 +104,6 @@ def claim(
         "holds": value >= expected if bound == "at least" else value <= expected,
         "id": id_,
     }
-
-
-def t_interval(values: Sequence[float]) -> list[float] | None:
-    """The 95 % t-interval of the mean; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
-    return [float(np.mean(values)) - half, float(np.mean(values)) + half]
 
 
 def run_experiment(

@@ -11,10 +11,11 @@ from markupsafe import Markup
 
 from shared_models.errors import FederadError
 from shared_models.tasks import confused
+from simulation.intervals import t_interval
 from simulation.report import words
 from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
 from simulation.report.charts import INKS as COLOURS
-from simulation.report.pictures import pictures
+from simulation.report.pictures import Picture, pictures
 from simulation.report.results import Comparison, Experiment, Measured, Method, Run, read
 
 ALL = ""
@@ -68,7 +69,9 @@ def write_report(folder: Path) -> Path:
 def write_experiment_report(folder: Path) -> Path:
     """Write ``report.html`` beside the ``result.json`` of an experiment.
 
-    Every claim stands with its expectation and whether it held; every seed's value is drawn, not only the mean.
+    Every claim stands with its expectation and whether it held; every seed's value is drawn, not only the mean. Methods
+    stand beside the first one measured on the same split, seed by seed. Pictures and links are those of the runs that lie
+    in the same folder.
 
     Raises
     ------
@@ -81,7 +84,52 @@ def write_experiment_report(folder: Path) -> Path:
         groups.setdefault(row.metric, []).append(row)
     charts = {metric: _seeds(metric, measured) for metric, measured in groups.items()}
     drawings = {metric: _lines(metric, measured, result.axis) for metric, measured in groups.items()}
-    return _write(folder, "experiment.html", result=result, groups=groups, charts=charts, drawings=drawings)
+    examples = {arm: _medians(folder / f"seed-{result.seeds[0]}" / arm, result) for arm in result.plans}
+    examples = {arm: views for arm, views in examples.items() if views}
+    return _write(
+        folder,
+        "experiment.html",
+        result=result,
+        groups=groups,
+        charts=charts,
+        drawings=drawings,
+        differences={metric: _differences(measured) for metric, measured in groups.items()},
+        examples=examples,
+        places=list(dict.fromkeys((site, view.scanner) for views in examples.values() for site, view in views.items())),
+        runs=[name for name in _runs(result) if (folder / name / "report.html").is_file()],
+    )
+
+
+def _runs(result: Experiment) -> list[str]:
+    """Where the runs of an experiment lie in its folder."""
+    return [f"seed-{seed}/{arm}".rstrip("/") for seed in result.seeds for arm in result.plans]
+
+
+def _medians(folder: Path, result: Experiment) -> dict[str, Picture]:
+    """The middle one of each site's pictured patients."""
+    metric = result.rows[0].metric if result.rows else ""
+    return {site: views[len(views) // 2] for site, views in pictures(folder, metric).items()}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a method has more than the first on the same split: mean over seeds, and its 95 % t-interval."""
+
+    mean: float
+    interval: list[float] | None
+
+
+def _differences(measured: list[Measured]) -> list[Difference | None]:
+    first: dict[str, Measured] = {}
+    found: list[Difference | None] = []
+    for row in measured:
+        base = first.setdefault(row.split, row)
+        if base is row or len(base.values) != len(row.values):
+            found.append(None)
+            continue
+        values = [a - b for a, b in zip(row.values, base.values, strict=True)]
+        found.append(Difference(sum(values) / len(values), t_interval(values)))
+    return found
 
 
 def _write(folder: Path, template: str, **shown: object) -> Path:
