@@ -138,7 +138,11 @@ def against(found: Readiness, plan: Plan, cohort: Cohort) -> None:
     categories = [volume.category for volume in volumes if volume.category is not None]
     found.labels_are_of_studies = bool(categories)
     if categories:
-        found.labels = {name: float(categories.count(n)) for n, name in enumerate(plan.task.labels)}
+        is_several = plan.task.target == "multi-label"
+        found.labels = {
+            name: float(sum(bool(one >> n & 1) if is_several else one == n for one in categories))
+            for n, name in enumerate(plan.task.labels)
+        }
         return
     intervals = [volume.interval for volume in volumes if volume.interval is not None]
     if intervals:

@@ -281,7 +281,8 @@ def _output_in_words(plan: Plan) -> str:
         return f"maps of {' and of '.join(plan.task.labels)}; the {plan.task.target} is {Quantification(plan).formula}"
     sharpness = plan.task.sharpness or SHARPNESS
     pooling = f"log(mean(exp({sharpness:g} * map))) / {sharpness:g} over space"
-    return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies"
+    each = "; a label's probability is the sigmoid of its logit" if plan.task.target == "multi-label" else ""
+    return f"class maps; a label's logit is {pooling}, and the map shows where evidence for it lies{each}"
 
 
 def _input_in_words(plan: Plan) -> str:

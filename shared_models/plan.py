@@ -59,6 +59,9 @@ READ_BY: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Keys with a meaning for these kinds of task or networks alone; elsewhere they are refused."""
 
+MOST_FINDINGS = 30
+"""Labels of a study that may have several."""
+
 LOSSES: dict[str, tuple[str, ...]] = {
     "segmentation": ("dice-ce", "dice", "binary-dice", "cross-entropy", "focal", "heteroscedastic"),
     "count": ("poisson", "squared"),
@@ -137,10 +140,10 @@ class TaskTable(_Table):
         le=100,
         description="of the pooling of class maps: near 0 for the mean, 100 for nearly the maximum; leave it out for 1",
     )
-    target: Literal["nominal", "ordinal", "count", "proportion"] | None = Field(
+    target: Literal["nominal", "ordinal", "multi-label", "count", "proportion"] | None = Field(
         default=None,
-        description='of classification: "ordinal" where the labels are in order, such as grades; leave it out for '
-        '"nominal". Of quantification: "count" or "proportion"',
+        description='of classification: "ordinal" where the labels are in order, such as grades, "multi-label" where a '
+        'study may have several or none; leave it out for "nominal". Of quantification: "count" or "proportion"',
     )
     views: Literal["orthogonal"] | None = Field(
         default=None,
@@ -880,6 +883,30 @@ class Plan(_Table):
                 "It is what is learned, and nobody guesses which number a table holds.",
                 'set target = "count", or target = "proportion" for shares from 0 to 1, under [task]',
             )
+        return self
+
+    @model_validator(mode="after")
+    def _several_labels(self) -> Self:
+        if self.task.target != "multi-label" or self.task.kind != "classification":
+            return self
+        if len(self.task.labels) > MOST_FINDINGS:
+            raise _ContradictionError(
+                "task.labels",
+                f'{len(self.task.labels)} labels with target = "multi-label"',
+                f"A study's labels are kept as one number of {MOST_FINDINGS} bits.",
+                f"name {MOST_FINDINGS} labels at most",
+            )
+        for key, is_set in (
+            ("training.balanced", bool(self.training.balanced)),
+            ("adaptation.conditional", self.adaptation is not None and self.adaptation.conditional),
+        ):
+            if is_set:
+                raise _ContradictionError(
+                    key,
+                    f'{key.split(".")[1]} with target = "multi-label"',
+                    "It is about the one label of a study, and these have several.",
+                    f"remove {key.split('.')[1]} from [{key.split('.')[0]}]; class_weights weigh labels",
+                )
         return self
 
     @model_validator(mode="after")

@@ -70,8 +70,8 @@ def probed(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> d
 
     A logistic regression learns on half of them and names the other half; ``accuracy`` is the mean over what is told
     apart, and ``chance`` what guessing gives. None where there is one scanner, or no label. The label of a sample is
-    that of its study, or whether it holds anything outlined. The accuracy of the discriminator that a network was trained
-    against is no evidence: features can hide from one reader alone.
+    that of its study, or whether it holds anything outlined or found. The accuracy of the discriminator that a network was
+    trained against is no evidence: features can hide from one reader alone.
     """
     table = ScannerTable(trainer.plan.adaptation.scanners if trainer.plan.adaptation else None)
     load_weights(trainer.network, weights)
@@ -96,9 +96,9 @@ def probed(trainer: Trainer, weights: Weights, sites: Sequence[SiteFolder]) -> d
 
 def _label(plan: Plan, sample: Sample) -> int:
     """0 for every sample of a task without labels."""
-    if plan.task.kind == "segmentation":
-        return int(sample.target.max() > 0)
-    return int(sample.target) if plan.task.kind == "classification" else 0
+    if plan.task.kind == "classification" and sample.target.ndim == 0:
+        return int(sample.target)
+    return int(sample.target.max() > 0) if plan.task.kind in {"segmentation", "classification"} else 0
 
 
 def _told_apart(

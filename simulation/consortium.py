@@ -89,7 +89,8 @@ class _Assignment:
     """Receivers whose k-space is written; None for DICOM."""
     is_unlabelled: bool = False
     number: str | None = None
-    """What of the lesions is written down: "count" or "proportion"; None where it is at most whether there are any."""
+    """What of the lesions is written down: "count", "proportion", or some of :data:`FINDINGS`, joined by semicolons; None
+    where it is at most whether there are any."""
 
     @property
     def has_lesions(self) -> bool:
@@ -334,11 +335,20 @@ def _coils(plan: Plan) -> int | None:
 
 def _number(plan: Plan) -> str | None:
     """What of the lesions is written into tables."""
+    if plan.task.target == "multi-label":
+        if unknown := [name for name in plan.task.labels if name not in FINDINGS]:
+            raise FederadError(
+                "R230",
+                happened=f"task.labels names {unknown[0]!r}, which is found in no emulated patient.",
+                because="A label that no emulated hospital ever writes cannot be learned.",
+                remedies=(f"choose from: {', '.join(FINDINGS)}",),
+            )
+        return "; ".join(plan.task.labels)
     return plan.task.target if plan.task.kind in WITH_NUMBERS else None
 
 
 def _lesion_label(plan: Plan) -> str:
-    if plan.task.kind in OF_KSPACE:
+    if plan.task.kind in OF_KSPACE or plan.task.target == "multi-label":
         return "lesion"
     if len(plan.task.labels) > 2:
         raise FederadError(
@@ -498,7 +508,7 @@ def _write_patient(assignment: _Assignment) -> list[_Row]:
     for study in range(1, assignment.patient.n_studies + 1):
         anatomy = (_write_study if assignment.n_coils is None else _write_kspace)(assignment, study)
         if assignment.number is not None and not assignment.is_unlabelled:
-            said = str(count(anatomy)) if assignment.number == "count" else grade(share_of_brain(anatomy))
+            said = _said(anatomy, assignment.number)
             rows.append((assignment.patient.patient_id, str(_uid(assignment, study, "study")), said))
     return rows
 
@@ -513,6 +523,15 @@ def _write_rows(path: Path, head: _Row, rows: Sequence[_Row]) -> None:
         table = csv.writer(lines, lineterminator="\n")
         table.writerow(head)
         table.writerows(rows)
+
+
+def _said(anatomy: Anatomy, number: str) -> str:
+    """What a table says of a study."""
+    if number == "count":
+        return str(count(anatomy))
+    if number == "proportion":
+        return grade(share_of_brain(anatomy))
+    return "; ".join(name for name in number.split("; ") if FINDINGS[name](anatomy)) or "none"
 
 
 def count(anatomy: Anatomy) -> int:
@@ -532,6 +551,20 @@ def grade(share: float) -> str:
         return "0"
     place = next(i for i, high in enumerate(GRADES[1:], start=1) if share <= high)
     return f"{GRADES[place - 1]:g}-{GRADES[place]:g}"
+
+
+def _halves(anatomy: Anatomy) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The outline in the front half of the head and in the back half; y grows to the back."""
+    front, back = np.array_split(anatomy.lesion_mask, 2, axis=1)
+    return front, back
+
+
+FINDINGS: dict[str, Callable[[Anatomy], bool]] = {
+    "front lesion": lambda anatomy: bool(_halves(anatomy)[0].any()),
+    "back lesion": lambda anatomy: bool(_halves(anatomy)[1].any()),
+    "several lesions": lambda anatomy: count(anatomy) > 1,
+}
+"""What may be found in an emulated study, which has any number of them; none changes when left and right are mirrored."""
 
 
 def _write_study(assignment: _Assignment, study: int) -> Anatomy:

@@ -73,6 +73,8 @@ def cohort_key(plan: Plan) -> str:
         looks["label_of_study"] = plan.task.label_attribute or "table or folder"
     if plan.task.kind in WITH_NUMBERS:
         looks["number"] = plan.task.target
+    if plan.task.target == "multi-label":
+        looks["several"] = True
     if plan.takes_unlabelled:
         looks["unlabelled"] = True
     return hashlib.sha256(json.dumps(looks, sort_keys=True).encode()).hexdigest()[:32]

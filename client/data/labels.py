@@ -6,8 +6,9 @@ between ``images`` and the file. ``labels.csv`` lies in the data folder or above
 ID, or what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a
 Study Instance UID, or the folder of the NIfTI file.
 
-Where a plan learns numbers, ``label`` holds one, such as ``3`` or ``0.07``, or an interval with both of its ends, such as
-``0.05-0.10``, as a reader's grade says it.
+Where studies have several labels (``target = "multi-label"``), ``label`` holds them all, such as ``mass; effusion``, or
+each has a row of its own; ``none`` says that nothing was found. Where a plan learns numbers, ``label`` holds one, such as
+``3`` or ``0.07``, or an interval with both of its ends, such as ``0.05-0.10``, as a reader's grade says it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from shared_models.plan import TaskTable
 from shared_models.tasks import WITH_NUMBERS
 
 TABLE = "labels.csv"
+
+NOTHING_FOUND = frozenset({"none", "no finding"})
+"""What a table says of a study that has none of several labels."""
 
 _NUMBER = r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*"
 _INTERVAL = re.compile(f"{_NUMBER}(?:[-–]{_NUMBER})?")
@@ -53,6 +57,7 @@ class StudyLabels:
     def __init__(self, source: Path, task: TaskTable, secret: bytes) -> None:
         self._indices = {name.strip().lower(): index for index, name in enumerate(task.labels)}
         self._attribute = task.label_attribute
+        self._are_several = task.target == "multi-label"
         self._is_share = task.target == "proportion" if task.kind in WITH_NUMBERS else None
         self._source = source
         self._words: dict[str, set[str]] = defaultdict(set)
@@ -62,20 +67,32 @@ class StudyLabels:
                 break
 
     def of(self, study: Study, paths: Sequence[Path]) -> int:
-        """The index of a study's label; ``paths`` are the files of one of its images.
+        """The index of a study's label, or of several the sum of 2 to the power of each; ``paths`` are the files of one of
+        its images.
 
         Raises
         ------
         UnusableError
-            If there is none, there are several, or it is none of the plan's.
+            If there is none, there are several where one is asked for, or it is none of the plan's.
         """
         words = self._words_of(study, paths)
+        if self._are_several:
+            return self._bits(words)
         if len(words) > 1:
             raise UnusableError(Reason.LABELS_DISAGREE)
         (word,) = words
         if word not in self._indices:
             raise UnusableError(Reason.LABEL_UNKNOWN)
         return self._indices[word]
+
+    def _bits(self, words: set[str]) -> int:
+        named = {part.strip() for word in words for part in re.split(r"[;|]", word)} - {""}
+        found = named - NOTHING_FOUND
+        if found and found != named:
+            raise UnusableError(Reason.LABELS_DISAGREE)
+        if not found <= self._indices.keys():
+            raise UnusableError(Reason.LABEL_UNKNOWN)
+        return sum(1 << self._indices[word] for word in found)
 
     def interval_of(self, study: Study, paths: Sequence[Path]) -> tuple[float, float]:
         """The interval in which a study's number lies, both ends alike where it is known exactly.

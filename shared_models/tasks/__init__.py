@@ -2,7 +2,7 @@
 
 TASKS = {
     "segmentation": "shared_models.tasks.segmentation:Segmentation",
-    "classification": "shared_models.tasks.classification:Classification",
+    "classification": "shared_models.tasks.multi_label:classification",
     "quantification": "shared_models.tasks.quantification:Quantification",
     "reconstruction": "shared_models.tasks.reconstruction:Reconstruction",
 }

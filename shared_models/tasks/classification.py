@@ -154,20 +154,27 @@ class Classification(Task):
 
     def probabilities(self, prediction: NDArray[np.generic]) -> Array:
         """Of each label, ``(label,)``: the softmax of the pooled maps, averaged over slices or views."""
-        maps = torch.from_numpy(np.asarray(prediction, np.float64))
-        batch = maps.movedim(1, 0) if self.plan.data.dimensions == 2 or self.has_views else maps[None]
-        mean: Array = torch.softmax(pooled(batch, self.sharpness), dim=1).mean(0).numpy()
+        mean: Array = torch.softmax(self._pooled(prediction), dim=1).mean(0).numpy()
         return mean
 
+    def _pooled(self, prediction: NDArray[np.generic]) -> Tensor:
+        """Logits of each slice, view or volume, ``(batch, label)``."""
+        maps = torch.from_numpy(np.asarray(prediction, np.float64))
+        return pooled(
+            maps.movedim(1, 0) if self.plan.data.dimensions == 2 or self.has_views else maps[None], self.sharpness
+        )
+
+    def evidence(self, maps: Tensor, label: int) -> Tensor:
+        """What each place of class maps says for a label [logits]: more than the mean of the others does."""
+        return maps[label] - (maps.sum(0) - maps[label]) / (len(maps) - 1)
+
     def heat(self, prediction: NDArray[np.generic], volume: Volume, label: int) -> NDArray[np.float32]:
-        """What each voxel says for ``label`` against the mean of the others [logits], ``(z, y, x)``.
+        """What each voxel says for ``label`` (:meth:`evidence`), ``(z, y, x)``.
 
         Maps are interpolated linearly to the image's grid; what lies outside the window says what its edge does.
         """
-        maps = torch.from_numpy(np.asarray(prediction, np.float32))
-        others = (maps.sum(0) - maps[label]) / (len(maps) - 1)
         size = self._size(volume)
-        heat = maps[label] - others
+        heat = self.evidence(torch.from_numpy(np.asarray(prediction, np.float32)), label)
         if self.has_views:  # each voxel lies in a plane along each axis
             along = [_interpolated(part, size).movedim(0, axis) for axis, part in enumerate(heat.chunk(3))]
             fine = torch.stack(along).mean(0).numpy()
@@ -267,21 +274,29 @@ class Classification(Task):
         The heat is that of the predicted label, or of the second where there are two: where nothing speaks for a
         lesion, no place says so.
         """
-        names, label = self.plan.task.labels, volume.label
-        predicted = int(self.probabilities(prediction).argmax())
-        heat = self.heat(prediction, volume, 1 if len(names) == 2 else predicted)
+        label, probabilities = volume.label, self.probabilities(prediction)
+        heat = self.heat(prediction, volume, self.shown_label(probabilities))
         areas = np.zeros(len(heat)) if label is None else (label > 0).sum(axis=(1, 2))
         z = int(areas.argmax()) if areas.any() else int(heat.max(axis=(1, 2)).argmax())
         truth = np.zeros(heat.shape[1:], np.uint8) if label is None else label[z]
-        known = names[volume.category] if volume.category is not None else "unknown"
         return Picture(
             image=in_greys(volume.image[:, z]),
             truth=np.asarray(truth, np.uint8),
             prediction=np.zeros(heat.shape[1:], np.uint8),
             pixel_mm=volume.spacing_mm[1:],
             heat=np.asarray(np.clip(heat[z] / max(float(heat.max()), 1e-6), 0, 1), np.float32),
-            caption=f"{known}, taken for {names[predicted]}",
+            caption=self.in_words(probabilities, volume),
         )
+
+    def shown_label(self, probabilities: Array) -> int:
+        """Whose heat is shown: the most probable label's, or the second's where there are two."""
+        return 1 if len(probabilities) == 2 else int(probabilities.argmax())
+
+    def in_words(self, probabilities: Array, volume: Volume) -> str:
+        """What a study has, and what it was taken for."""
+        names = self.plan.task.labels
+        known = names[volume.category] if volume.category is not None else "unknown"
+        return f"{known}, taken for {names[int(probabilities.argmax())]}"
 
     def _size(self, volume: Volume) -> tuple[int, int, int]:
         """The window's sides (z, y, x): all slices in 2-D."""

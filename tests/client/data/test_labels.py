@@ -55,6 +55,12 @@ def table(folder, *rows, head="patient,label"):
     (folder / "labels.csv").write_text("\n".join([head, *rows]) + "\n", encoding="utf-8")
 
 
+def several(labels=("mass", "effusion")):
+    """A plan whose studies have any number of labels."""
+    plan = plan_of(labels=labels)
+    return plan.model_copy(update={"task": plan.task.model_copy(update={"target": "multi-label"})})
+
+
 def found(cohort):
     """How many studies have each label."""
     patients = [patient for split in ("train", "validation", "test") for patient in cohort.patients(split)]
@@ -63,6 +69,47 @@ def found(cohort):
 
 def reasons(cohort):
     return Counter(skipped.reason for skipped in cohort.skipped)
+
+
+class TestSeveralLabels:
+    def test_study_has_every_label_of_its_cell_and_rows(self, build, folder, tmp_path, secret):
+        """
+        Joined by semicolons or bars, or in rows of their own; none says that nothing was found.
+        """
+        table(folder, "P-0,Mass; effusion", "P-1,none", "P-2,effusion", "P-2,mass", "P-3,effusion|")
+        cohort = build(folder, several())
+
+        assert found(cohort) == {0b00: 1, 0b10: 1, 0b11: 3}
+        assert reasons(cohort) == {}
+
+    def test_contradictions_and_other_words_are_skipped_and_counted(self, build, folder):
+        """
+        Nothing found and something found; a label that the plan does not name; no row at all.
+        """
+        table(folder, "P-0,mass", "P-1,none; mass", "P-2,mass; fracture")
+        with pytest.raises(FederadError, match="C177"):  # only P-0 is left, with one label
+            build(folder, several())
+        table(folder, "P-0,mass", "P-1,none; mass", "P-2,mass; fracture", "P-3,none")
+        cohort = build(folder, several())
+
+        assert found(cohort) == {0b00: 1, 0b01: 2}
+        assert reasons(cohort) == {Reason.LABELS_DISAGREE: 1, Reason.LABEL_UNKNOWN: 1}
+
+    def test_page_of_a_check_counts_each_label(self, build, folder):
+        """
+        A study counts for each of its labels.
+        """
+        table(folder, "P-0,mass; effusion", "P-1,none", "P-2,effusion", "P-3,none")
+        readiness = Readiness("site", "data", "cpu", "none", 1.0)
+        against(readiness, several(), build(folder, several()))
+
+        assert readiness.labels == {"mass": 2.0, "effusion": 3.0}
+
+    def test_plans_of_one_label_and_of_several_share_no_cohort(self):
+        """
+        The same words mean other things.
+        """
+        assert cohort_key(several()) != cohort_key(plan_of(labels=("mass", "effusion")))
 
 
 class TestTable:
