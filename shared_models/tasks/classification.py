@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shared_models import networks
+from shared_models import detection, networks
 from shared_models.plan import Plan
 from shared_models.task import Picture, Sample, Task
 from shared_models.tasks import confused
@@ -59,7 +59,8 @@ class Classification(Task):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan)
-        names = ("auc", "average_precision", "balanced_accuracy", "f1", "sensitivity", "localisation")
+        names = ["auc", "average_precision", "balanced_accuracy", "f1", "sensitivity", "localisation"]
+        names += ["froc"] if self.has_one_finding else []
         self.metrics = dict.fromkeys(names if plan.privacy is None else self.ranges, True)
         if self.is_ordinal and plan.privacy is None:
             self.metrics |= {"quadratic_kappa": True, "rank_error": False}
@@ -74,6 +75,11 @@ class Classification(Task):
     def has_views(self) -> bool:
         """Whether a 2-D network sees planes of volumes."""
         return self.plan.task.views is not None
+
+    @property
+    def has_one_finding(self) -> bool:
+        """Whether the second of two labels is what may be found somewhere."""
+        return len(self.plan.task.labels) == 2 and self.plan.task.target in {None, "nominal"}
 
     @property
     def is_ordinal(self) -> bool:
@@ -195,6 +201,8 @@ class Classification(Task):
         ``outlined``       1 where somebody has drawn what the label is about, else 0
         ``hit``            1 where the largest heat for the study's label lies inside of it, else 0
         =================  ================================================================================
+
+        With two labels also its lesions and what peaks of the second label's heat find (:mod:`shared_models.detection`).
         """
         if volume.category is None:
             raise ValueError("a volume without a label cannot be measured")
@@ -206,12 +214,24 @@ class Classification(Task):
         if is_outlined and volume.label is not None:
             heat = self.heat(prediction, volume, volume.category)
             hit = float(volume.label[np.unravel_index(int(heat.argmax()), heat.shape)] > 0)
+        found = detection.counted(*self._finding(prediction, volume)) if self.has_one_finding else {}
         return {
+            **found,
             **cells,
             "probability": float(probabilities[volume.category]),
             "outlined": float(is_outlined),
             "hit": hit,
         }
+
+    def _finding(
+        self, prediction: NDArray[np.generic], volume: Volume
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Heat of the finding, and where it is outlined; where it is there and nobody has drawn it, no peak is false."""
+        heat = self.heat(prediction, volume, 1)
+        if volume.label is not None and volume.label.any():
+            return heat, volume.label > 0
+        is_there = volume.category == 1
+        return np.full_like(heat, -np.inf) if is_there else heat, np.zeros(heat.shape, np.bool_)
 
     def summary(self, patients: Sequence[Mapping[str, float]]) -> dict[str, float]:
         """Metrics of a set of patients; empty for none.
@@ -228,6 +248,7 @@ class Classification(Task):
         quadratic_kappa        agreement beyond chance of ordered labels, by squared distance (Cohen 1968)
         rank_error             mean distance between true and predicted label, in places of their order
         localisation           share of patients with an outline whose largest heat lies inside of it
+        froc                   mean sensitivity of the heat's peaks at seven rates of false ones; with two labels
         accuracy               share of patients who get their label
         log_likelihood         mean logarithm of the true label's probability, which counts as 0.01 or more
         ``"A as B"``           share of patients who have label A and got label B: the confusion matrix
@@ -258,6 +279,8 @@ class Classification(Task):
         }
         if self.is_ordinal:
             found |= _ranks(confusion)
+        if self.has_one_finding:
+            found |= detection.summarised(patients)
         n_outlined = sum(row["outlined"] for row in patients)
         if n_outlined:
             found["localisation"] = sum(row["hit"] for row in patients) / n_outlined
@@ -285,14 +308,14 @@ class Classification(Task):
             prediction=np.zeros(heat.shape[1:], np.uint8),
             pixel_mm=volume.spacing_mm[1:],
             heat=np.asarray(np.clip(heat[z] / max(float(heat.max()), 1e-6), 0, 1), np.float32),
-            caption=self.in_words(probabilities, volume),
+            caption=self.caption(probabilities, volume),
         )
 
     def shown_label(self, probabilities: Array) -> int:
         """Whose heat is shown: the most probable label's, or the second's where there are two."""
         return 1 if len(probabilities) == 2 else int(probabilities.argmax())
 
-    def in_words(self, probabilities: Array, volume: Volume) -> str:
+    def caption(self, probabilities: Array, volume: Volume) -> str:
         """What a study has, and what it was taken for."""
         names = self.plan.task.labels
         known = names[volume.category] if volume.category is not None else "unknown"

@@ -152,7 +152,7 @@ class MultiLabel(Classification):
         """The most probable one."""
         return int(probabilities.argmax())
 
-    def in_words(self, probabilities: Array, volume: Volume) -> str:
+    def caption(self, probabilities: Array, volume: Volume) -> str:
         """Which labels a study has, and which were found."""
         names = self.plan.task.labels
         if volume.category is None:

@@ -94,8 +94,15 @@ def curves(description: str, lines: Sequence[Line], *, ring: tuple[int, float] |
     return _svg(description, 2.9, draw) if lines else None
 
 
-def levels(description: str, lines: Sequence[Line], places: Sequence[str], axis: str) -> Markup:
-    """Lines over named places, with the interval of each point as a stroke; their names stand at the end.
+def levels(
+    description: str,
+    lines: Sequence[Line],
+    places: Sequence[str],
+    axis: str,
+    limits: tuple[float, float] | None = None,
+) -> Markup:
+    """Lines over named places, with the interval of each point as a stroke; their names stand at the end. ``limits`` are
+    those of the vertical axis, where it has any.
 
     A line's points say which place they are at, counted from 0; lines are drawn a little beside each other.
     """
@@ -110,6 +117,9 @@ def levels(description: str, lines: Sequence[Line], places: Sequence[str], axis:
         axes.set_xticks(range(len(places)), places)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
         axes.margins(x=0.06, y=0.06)
+        if limits is not None:
+            margin = 0.04 * (limits[1] - limits[0])
+            axes.set_ylim(limits[0] - margin, limits[1] + margin)
         axes.grid(visible=False, axis="x")
         axes.set_xlabel(axis, labelpad=1)
         _name_ends(axes, lines)

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from shared_models.detection import RATES, found_at
 from shared_models.errors import FederadError
 from shared_models.tasks import confused
 from simulation.intervals import t_interval
@@ -58,6 +59,7 @@ def write_report(folder: Path) -> Path:
         columns=dict(_columns(run)),
         side_by_side=_side_by_side(run, run.comparison) if run.comparison else None,
         confusion=_confusion(run),
+        detection=_detection(run),
         volumes=_volumes(run),
         heat=_heat(run, run.comparison) if run.comparison else None,
         comparison_has_intervals=any(row.interval for row in run.comparison.rows) if run.comparison else False,
@@ -251,6 +253,22 @@ def _confusion(run: Run) -> dict[str, list[tuple[str, int, bool]]]:
         ]
         for a, row in shares.items()
     }
+
+
+def _detection(run: Run) -> Markup | None:
+    """The free-response curve: each site thin, all of them bold; None for tasks that find nothing in places."""
+    mean = run.test.mean if run.test else {}
+    if run.test is None or found_at(RATES[0]) not in mean:
+        return None
+    lines = []
+    for i, site in enumerate(run.names):
+        points = [(k, run.test.at(site, found_at(rate))) for k, rate in enumerate(RATES)]
+        found = [(k, value) for k, value in points if value is not None]
+        lines += [Line(site, found, site_colour(i))] if found else []
+    overall = Line("all sites", [(k, mean[found_at(rate)]) for k, rate in enumerate(RATES)], INK, is_bold=True)
+    places = [f"{rate:g}" if rate >= 1 else f"1/{1 / rate:g}" for rate in RATES]
+    description, axis = "share of lesions found over false places a study", "false places a study"
+    return levels(description, [*lines, overall], places, axis, (0.0, 1.0))
 
 
 def _volumes(run: Run) -> dict[tuple[str, str], list[str]]:

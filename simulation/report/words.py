@@ -20,6 +20,10 @@ METRICS = {
     "quadratic_kappa": ("kappa", "Kappa is agreement beyond chance, the further off the worse: 1 is perfect."),
     "rank_error": ("rank error", "The rank error is how many places a prediction is off, on average."),
     "localisation": ("localisation", "Localisation is how often the hottest point of the map lies in the outline."),
+    "froc": (
+        "FROC",
+        "FROC is the mean share of lesions that peaks of the map lie in, at 1/8 to 8 false peaks a study.",
+    ),
     "log_likelihood": (
         "log-likelihood",
         "Log-likelihood is the logarithm of the true label's probability: 0 is perfect.",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared_models.detection import RATES, found_at
 from shared_models.errors import TITLES, FederadError
 from simulation.report import write_experiment_report, write_report
 
@@ -546,6 +547,21 @@ class TestRunReport:
         assert not is_coloured[20:].any()
         assert "x or y" in page.text
         assert "0.870" in page.text
+
+    def test_curve_of_what_is_found_is_drawn_where_there_is_one(self, tmp_path):
+        """
+        Lesions found over false places; tasks that find nothing in places have no such curve.
+        """
+        result = a_result()
+        assert "Lesions found" not in a_page(tmp_path, result).text
+        curve = {found_at(rate): 0.1 * k for k, rate in enumerate(RATES)}
+        result["test"] |= curve
+        for figures in result["test"]["per_site"].values():
+            figures.update(curve)
+        page = a_page(tmp_path, result)
+
+        assert "Lesions found, against places that are none" in page.text
+        assert "share of lesions found over false places a study" in (tmp_path / "report.html").read_text()
 
     def test_map_of_doubt_lies_below_its_picture_and_is_explained(self, tmp_path):
         """
