@@ -555,7 +555,7 @@ def grade(share: float) -> str:
 
 def _halves(anatomy: Anatomy) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The outline in the front half of the head and in the back half; y grows to the back."""
-    front, back = np.array_split(anatomy.lesion_mask, 2, axis=1)
+    front, back = np.array_split(anatomy.lesion_mask > 0, 2, axis=1)
     return front, back
 
 
