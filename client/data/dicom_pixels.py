@@ -21,6 +21,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
+from client.data import lossless_jpeg
 from client.data.dicom_files import (
     DEFLATED_FRAMES,
     LABEL_MAP,
@@ -51,8 +52,8 @@ _PLUGINS = {
     uid.RLELossless: ("pylibjpeg", "pydicom"),
     uid.JPEGBaseline8Bit: ("pylibjpeg", "gdcm"),
     uid.JPEGExtended12Bit: ("pylibjpeg", "gdcm"),
-    uid.JPEGLossless: ("gdcm", "pylibjpeg"),
-    uid.JPEGLosslessSV1: ("gdcm", "pylibjpeg"),
+    uid.JPEGLossless: (lossless_jpeg.NAME, "pylibjpeg", "gdcm"),
+    uid.JPEGLosslessSV1: (lossless_jpeg.NAME, "pylibjpeg", "gdcm"),
     uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEG2000Lossless: ("pylibjpeg", "gdcm"),
@@ -62,6 +63,9 @@ _PLUGINS = {
     uid.HTJ2K: ("pylibjpeg",),
 }
 """The fastest decoder of each compressed syntax first; the others for what it refuses."""
+
+for _syntax in lossless_jpeg.DECODER_DEPENDENCIES:
+    get_decoder(_syntax).add_plugin(lossless_jpeg.NAME, (lossless_jpeg.__name__, lossless_jpeg.decode_frame.__name__))
 
 
 def pixels(path: Path, share: Share) -> Facts:

@@ -37,13 +37,13 @@ class _Arrays:
         self.all: list[NDArray[Any]] = []
 
     def share(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """An array of zeros that becomes part of the reply."""
+        """An array that becomes part of the reply, once all of it has been written."""
         n_bytes = math.prod(int(n) for n in shape) * np.dtype(dtype).itemsize
         if n_bytes > MOST_BYTES:
             raise UnusableError(Reason.TOO_LARGE)
         most, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (most + n_bytes, hard))  # what a header may claim comes on top
-        self.all.append(np.zeros(tuple(int(n) for n in shape), dtype))
+        self.all.append(np.empty(tuple(int(n) for n in shape), dtype))
         return self.all[-1]
 
 

@@ -199,11 +199,16 @@ class Reader:
         raise _GoneError
 
 
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
+"""For glibc (mallopt(3)): what one image needed stays for the next one, since fetching each page anew costs as much as
+decoding does."""
+
+
 def _start() -> subprocess.Popen[bytes]:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
     # Only what it needs: whatever else stands in the environment is none of a hostile file's business.
     env = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
-    env |= dict.fromkeys(threads, "1") | {"PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= dict.fromkeys(threads, "1") | {"PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | _KEEP_MEMORY
     process = subprocess.Popen(  # our own module
         [sys.executable, "-P", "-m", "client.data.parser"],
         stdin=subprocess.PIPE,
