@@ -54,7 +54,7 @@ TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"), PurePosixPath
 INCOMING = ".federad-incoming"
 """Folders of this name are not looked into: studies arrive there, and are not whole yet (``retrieval``)."""
 
-READS = 2
+READS = 3
 """Raised when more is read than before, so that what was left out is looked at again."""
 
 _FIXED_WORD = "federad catalogue"

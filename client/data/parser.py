@@ -91,6 +91,16 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         whole(images.picture_values(Path(path), colour=colour))
         return {}
 
+    def kspace_header(path: str) -> dict[str, Any]:
+        from client.data import kspace_files
+
+        return kspace_files.describe(Path(path))
+
+    def kspace(path: str) -> dict[str, Any]:
+        from client.data import kspace_files
+
+        return kspace_files.values(Path(path), share)
+
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
@@ -104,6 +114,8 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "nifti": nifti,
         "picture header": picture_header,
         "picture": picture,
+        "k-space header": kspace_header,
+        "k-space": kspace,
     }
 
 
