@@ -21,7 +21,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
-from client.data import lossless_jpeg
+from client.data import codecs
 from client.data.dicom_files import (
     DEFLATED_FRAMES,
     LABEL_MAP,
@@ -49,11 +49,11 @@ MAX_CONTOUR_VALUES = 20_000_000
 """Coordinates of contours that one file may hold."""
 
 _PLUGINS = {
-    uid.RLELossless: ("pylibjpeg", "pydicom"),
+    uid.RLELossless: (codecs.NAME, "pylibjpeg", "pydicom"),
     uid.JPEGBaseline8Bit: ("pylibjpeg", "gdcm"),
     uid.JPEGExtended12Bit: ("pylibjpeg", "gdcm"),
-    uid.JPEGLossless: (lossless_jpeg.NAME, "pylibjpeg", "gdcm"),
-    uid.JPEGLosslessSV1: (lossless_jpeg.NAME, "pylibjpeg", "gdcm"),
+    uid.JPEGLossless: (codecs.NAME, "pylibjpeg", "gdcm"),
+    uid.JPEGLosslessSV1: (codecs.NAME, "pylibjpeg", "gdcm"),
     uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEG2000Lossless: ("pylibjpeg", "gdcm"),
@@ -64,8 +64,8 @@ _PLUGINS = {
 }
 """The fastest decoder of each compressed syntax first; the others for what it refuses."""
 
-for _syntax in lossless_jpeg.DECODER_DEPENDENCIES:
-    get_decoder(_syntax).add_plugin(lossless_jpeg.NAME, (lossless_jpeg.__name__, lossless_jpeg.decode_frame.__name__))
+for _syntax in codecs.DECODER_DEPENDENCIES:
+    get_decoder(_syntax).add_plugin(codecs.NAME, (codecs.__name__, codecs.decode_frame.__name__))
 
 
 def pixels(path: Path, share: Share) -> Facts:

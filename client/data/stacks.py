@@ -289,7 +289,7 @@ def stack(planes: Sequence[Plane], *, even: bool) -> Stack:
 
 
 def _pixels(planes: Sequence[Plane]) -> Iterator[tuple[int, Plane, NDArray[Any]]]:
-    """Each plane with its stored pixels, every file read once."""
+    """Each plane with its stored pixels, every file read once; they are good until the next."""
     by_file: dict[Path, list[int]] = defaultdict(list)
     for k, plane in enumerate(planes):
         by_file[plane.source.path].append(k)
@@ -297,7 +297,8 @@ def _pixels(planes: Sequence[Plane]) -> Iterator[tuple[int, Plane, NDArray[Any]]
     for path, wanted in by_file.items():
         source = planes[wanted[0]].source
         if source.raw is None:
-            frames = reader.ask("pixels", path).arrays[0]
+            frames = reader.ask("pixels", path, room=room).arrays[0]
+            room = frames.reshape(-1).view(np.uint8) if frames.nbytes > room.size else room
         else:
             n_bytes = math.prod(source.stored) * np.dtype(source.raw[0]).itemsize
             room = room if room.size >= n_bytes else np.empty(n_bytes, np.uint8)
