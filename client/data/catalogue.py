@@ -392,7 +392,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _write(path: Path, source: Path, secret_check: str, entries: list[_Entry], skipped: list[Skipped]) -> None:
     with closing(sqlite3.connect(path)) as db, db:
-        db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA user_version = {VERSION}; {_TABLES}")
+        db.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA user_version = {VERSION}; {_TABLES}"
+        )
         db.executemany(
             "INSERT INTO about VALUES (?, ?)",
             [("source", str(source.absolute())), ("secret_check", secret_check)],
