@@ -26,11 +26,14 @@ from pydicom.uid import (
     JPEGLSNearLossless,
     MRImageStorage,
     RLELossless,
+    RTStructureSetStorage,
     generate_uid,
 )
 
 from client.data import codecs, dicom, dicom_pixels
-from client.data.dicom_files import DEFLATED_FRAMES
+from client.data.catalogue import Catalogue
+from client.data.cohort import Cohort
+from client.data.dicom_files import DEFLATED_FRAMES, GRID_TAG
 from client.data.skips import Reason, UnusableError
 
 ROWS, COLUMNS = 24, 32
@@ -310,6 +313,73 @@ class TestSeveralSlicesInOneFile:
         np.testing.assert_array_equal(scan.image[0], tiles[:3])
         np.testing.assert_allclose(scan.affine[:3, 3], [10, 20, 30])
         np.testing.assert_allclose(np.diag(scan.affine)[:3], [1.5, 2, 3.5])
+
+    def test_tiles_of_a_grid_lie_where_each_says(self, tmp_path):
+        """
+        As United Imaging writes them: three slices in two by two tiles, with their places in a private sequence.
+        """
+        tiles = np.random.default_rng(2).integers(0, 1000, (4, 4, 5))
+        ds = bare(MRImageStorage, np.vstack([np.hstack(tiles[:2]), np.hstack(tiles[2:])])[None])
+        ds.ImageType = ["ORIGINAL", "PRIMARY", "DIFFUSION", "VFRAME"]
+        ds.ImageOrientationPatient, ds.PixelSpacing, ds.SliceThickness = [1, 0, 0, 0, 1, 0], [2.0, 1.5], 3.0
+        ds.add_new(0x00650010, "LO", "Image Private Header")
+        ds.add_new(GRID_TAG, "SQ", [item(ImagePositionPatient=[1.0, 2.0, 4.0 * k]) for k in range(3)])
+        ds.save_as(tmp_path / "grid.dcm", enforce_file_format=True)
+
+        scan = dicom.read_series([tmp_path / "grid.dcm"], even=True).scan
+
+        np.testing.assert_array_equal(scan.image[0], tiles[:3])
+        np.testing.assert_allclose(scan.affine[:3, 3], [1, 2, 0])
+        np.testing.assert_allclose(np.diag(scan.affine)[:3], [1.5, 2, 4])
+
+    def test_acquisitions_of_one_series_are_volumes_of_their_own(self, tmp_path, write_series):
+        """
+        Two passes over the same places, told apart by their number and by nothing else.
+        """
+        values = np.random.default_rng(3).integers(0, 1000, (6, 4, 5))
+        series = write_series(tmp_path, values)
+        for n, path in enumerate(series.files):
+            ds = dcmread(path)
+            ds.ImagePositionPatient, ds.AcquisitionNumber = [0, 0, 4.0 * (n // 2)], 2 - n % 2
+            ds.save_as(path)
+
+        first, second = dicom.read_volumes(series.files)
+
+        np.testing.assert_array_equal(first.scan.image[0], values[1::2])
+        np.testing.assert_array_equal(second.scan.image[0], values[::2])
+
+
+class TestStructures:
+    def test_outlines_of_a_study_are_its_label(self, tmp_path, write_series, secret, plan):
+        """
+        A structure set beside the images it refers to: from the folder to the prepared volume.
+        """
+        data = tmp_path / "data"
+        series = write_series(data, np.random.default_rng(4).integers(100, 900, (4, 20, 24)))
+        first = series.datasets[0]
+        corners = [(4, 3), (16, 3), (16, 12), (4, 12)]
+        contour = item(ContourGeometricType="CLOSED_PLANAR", ContourData=[v for x, y in corners for v in (x, 2 * y, 8)])
+        rt = bare(RTStructureSetStorage, np.zeros((1, 1, 1)))
+        for name in ("NumberOfFrames", "Rows", "Columns", "PixelData"):
+            delattr(rt, name)
+        rt.PatientID, rt.StudyInstanceUID, rt.Modality = first.PatientID, first.StudyInstanceUID, "RTSTRUCT"
+        rt.StructureSetROISequence = [item(ROINumber=1, ROIName="Lesion")]
+        rt.ROIContourSequence = [item(ReferencedROINumber=1, ContourSequence=[contour])]
+        of_series = item(SeriesInstanceUID=first.SeriesInstanceUID)
+        of_study = item(ReferencedSOPInstanceUID=first.StudyInstanceUID, RTReferencedSeriesSequence=[of_series])
+        rt.ReferencedFrameOfReferenceSequence = [item(RTReferencedStudySequence=[of_study])]
+        rt.save_as(data / "structures.dcm", enforce_file_format=True)
+
+        catalogue = Catalogue.build(tmp_path / "catalogue.sqlite", data, secret=secret)
+        cohort = Cohort.build(tmp_path / "cohort", catalogue, plan(), secret=secret)
+
+        (patient,) = (p for split in ("train", "validation", "test") for p in cohort.patients(split))
+        label = np.asarray(cohort.volume(patient.studies[0]).label)
+        inside = np.argwhere(label)
+        assert label.shape == (4, 20, 24)
+        assert set(inside[:, 0]) == {2}
+        assert len(inside) == pytest.approx(12 * 9, abs=25)
+        np.testing.assert_allclose(inside[:, 1:].mean(axis=0), [7.5, 10], atol=0.6)
 
 
 class TestLabelMap:
