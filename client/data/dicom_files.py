@@ -62,6 +62,7 @@ _ABOUT = [
     *("PatientID", "PatientName", *_IDENTITY, "SeriesDescription", "Manufacturer", "ManufacturerModelName"),
     *("MagneticFieldStrength", "ReferencedSeriesSequence", "BurnedInAnnotation", *_SHAPE, *_GEOMETRY),
     "ReferencedFrameOfReferenceSequence",
+    "VerificationFlag",
     GRID_TAG,
 ]
 LAYOUT = [
@@ -360,9 +361,15 @@ def _described(file: Opened) -> Facts:
     }
 
 
+REPORTS = (uid.BasicTextSRStorage, uid.EnhancedSRStorage, uid.ComprehensiveSRStorage, uid.Comprehensive3DSRStorage)
+
+
 def _kind(file: Opened) -> str:
-    """``image``, ``segmentation`` or ``structures``, after checks that cost nothing."""
+    """``image``, ``segmentation``, ``structures`` or ``report``, after checks that cost nothing."""
     header = file.header
+    if header.get("SOPClassUID") in REPORTS:
+        require_verified(header)
+        return "report"
     if header.get("SOPClassUID") == uid.RTStructureSetStorage:
         return "structures"
     check_size(file)
@@ -375,6 +382,12 @@ def _kind(file: Opened) -> str:
     if header.get("SOPClassUID") not in _STACKED and not is_grid(header) and not all(map(header.get, _GEOMETRY)):
         raise UnusableError(Reason.TAGS_MISSING)
     return "image"
+
+
+def require_verified(header: Dataset) -> None:
+    """A report that nobody answers for, such as a program's, is no label (PS3.3, C.17.2)."""
+    if text(header, "VerificationFlag") != "VERIFIED":
+        raise UnusableError(Reason.NOT_AN_IMAGE)
 
 
 _STACKED = (uid.RTDoseStorage, uid.NuclearMedicineImageStorage)

@@ -1,4 +1,4 @@
-"""The pixels of a DICOM file, decoded, and the labels that are drawn in one; runs in the child of ``reader``.
+"""The pixels of a DICOM file, decoded, and the labels that are drawn or said in one; runs in the child of ``reader``.
 
 Compressed pixels go to the decoder that was fastest on them when measured (docs/decisions/dependencies.md).
 """
@@ -36,6 +36,7 @@ from client.data.dicom_files import (
     is_squeezed,
     number,
     opened,
+    require_verified,
     syntax_of,
     text,
 )
@@ -44,6 +45,9 @@ from client.data.zips import open_file
 
 Share = Callable[[tuple[int, ...], str], NDArray[Any]]
 """Gives an array of a shape and dtype whose contents the asking process sees."""
+
+MAX_ITEMS = 10_000
+"""Content items that one report may hold."""
 
 MAX_CONTOUR_VALUES = 20_000_000
 """Coordinates of contours that one file may hold."""
@@ -225,6 +229,26 @@ def _frame_of_segmentation(frame: Dataset, shared: Dataset | None) -> Facts:
         "segment": None if which is None else int(which.ReferencedSegmentNumber),
         "sources": [[str(s.ReferencedSOPInstanceUID), int(number(s, "ReferencedFrameNumber") or 0)] for s in sources],
     }
+
+
+def report(path: Path, words: list[str]) -> Facts:
+    """Which of some words, in lower case, a structured report says: as the whole of a coded value or of a text.
+
+    Content items are those of PS3.3, C.17.3; where they stand in the tree does not matter.
+    """
+    with unusable(Reason.DAMAGED):
+        header = opened(path, ["ContentSequence", "VerificationFlag", "SOPClassUID"]).header
+        require_verified(header)
+        waiting, said, n_items = [header], set(), 0
+        while waiting:
+            for item in waiting.pop().get("ContentSequence") or []:
+                n_items += 1
+                if n_items > MAX_ITEMS:
+                    raise UnusableError(Reason.TOO_LARGE)
+                waiting.append(item)
+                codes = item.get("ConceptCodeSequence") or []
+                said |= {text(item, "TextValue").lower(), *(text(code, "CodeMeaning").lower() for code in codes)}
+        return {"said": sorted(said & set(words))}
 
 
 def structures(path: Path) -> Facts:

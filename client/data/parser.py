@@ -108,6 +108,7 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "layouts": layouts,
         "pixels": lambda path: dicom_pixels.pixels(Path(path), share),
         "segmentation": lambda path: dicom_pixels.segmentation(Path(path), share),
+        "report": lambda path, words: dicom_pixels.report(Path(path), words),
         "structures": lambda path: dicom_pixels.structures(Path(path)),
         "members": lambda path: {"members": zips.members(Path(path))},
         "nifti header": nifti_header,
