@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import shutil
 import struct
 import sys
@@ -392,6 +393,30 @@ class TestHostileFiles:
         with pytest.raises(UnusableError) as error:
             kspace.read(path, 1)
         assert {error.value.reason} == reason
+
+    def test_any_damage_is_counted_and_none_escapes(self, tmp_path, secret):
+        """
+        Bits turned over and ends cut off, in each format: read, or left out with a reason.
+        """
+        a_file(tmp_path, "a.h5", some_images(2, 1))
+        TestIsmrmrd().write(tmp_path / "b.h5", some_images(2, 1))
+        np.savez_compressed(tmp_path / "c.npz", re=np.ones((8, 9)), im=np.ones((8, 9)), scale=np.float32(2))
+        whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+        rng, outcomes = random.Random(0), set()
+        for n in range(90):
+            path, data = list(whole.items())[n % 3][0], bytearray(list(whole.values())[n % 3])
+            for _ in range(rng.randint(1, 20)):
+                data[rng.randrange(min(len(data), rng.choice((600, 3000, len(data)))))] ^= 1 << rng.randrange(8)
+            broken = tmp_path / f"broken{path.suffix}"
+            broken.write_bytes(data[: rng.randrange(len(data)) if n % 5 == 0 else None])
+            try:
+                inspected(broken, secret)
+                kspace.read(broken, 1)
+                outcomes.add("read")
+            except UnusableError as error:
+                outcomes.add(error.reason)
+
+        assert {Reason.DAMAGED, Reason.LAYOUT} <= outcomes
 
     def test_matrix_that_the_lines_cannot_fill_is_too_large(self, tmp_path):
         """
