@@ -177,8 +177,11 @@ def read_all(path: Path) -> str:
     """Everything that the station would do with a file; what became of it."""
     outcome = "read"
     try:
-        if dicom.inspect(path, SECRET).kind is Kind.STRUCTURES:
+        kind = dicom.inspect(path, SECRET).kind
+        if kind is Kind.STRUCTURES:
             reader.ask("structures", path)
+        if kind is Kind.REPORT:
+            dicom.report(path, ["lesion"])
     except UnusableError as error:
         outcome = error.reason.value
     try:

@@ -54,7 +54,7 @@ TABLES = (PurePosixPath("index.csv"), PurePosixPath("labels.csv"), PurePosixPath
 INCOMING = ".federad-incoming"
 """Folders of this name are not looked into: studies arrive there, and are not whole yet (``retrieval``)."""
 
-READS = 2
+READS = 3
 """Raised when more is read than before, so that what was left out is looked at again."""
 
 _FIXED_WORD = "federad catalogue"
@@ -335,7 +335,8 @@ def _assembled(
     labels = []
     for entry in label_entries:
         if (study := places.study_of(entry.facts)) is None:
-            skipped.append(Skipped(entry.file.key, Reason.NO_IMAGE))
+            is_report = entry.facts.kind is Kind.REPORT
+            skipped.append(Skipped(entry.file.key, Reason.NOT_AN_IMAGE if is_report else Reason.NO_IMAGE))
         else:
             labels.append(_Entry(entry.file, replace(entry.facts, study=study)))
     return image_entries + labels, _once(skipped)
@@ -392,7 +393,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 
 def _write(path: Path, source: Path, secret_check: str, entries: list[_Entry], skipped: list[Skipped]) -> None:
     with closing(sqlite3.connect(path)) as db, db:
-        db.executescript(f"PRAGMA journal_mode = OFF; PRAGMA user_version = {VERSION}; {_TABLES}")
+        db.executescript(
+            f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA user_version = {VERSION}; {_TABLES}"
+        )
         db.executemany(
             "INSERT INTO about VALUES (?, ?)",
             [("source", str(source.absolute())), ("secret_check", secret_check)],
@@ -468,7 +471,8 @@ def _studies(db: sqlite3.Connection) -> list[Study]:
 def _study(key: str, patient: str, entries: list[_Entry]) -> Study:
     all_series = [(members[0].facts.role, _series(members)) for members in _by_series(entries).values()]
     pictures = _named(series for role, series in all_series if role is Role.IMAGE)
-    labels = [series for role, series in all_series if role is Role.LABEL]
+    said = [series for _, series in all_series if series.kind is Kind.REPORT]
+    labels = [series for role, series in all_series if role is Role.LABEL and series not in said]
     return Study(
         key=key,
         patient=patient,
@@ -476,6 +480,7 @@ def _study(key: str, patient: str, entries: list[_Entry]) -> Study:
         label=_one_label(labels),
         split=entries[0].facts.split,
         scanner=next((s.scanner for s in pictures.values() if s.scanner), None),
+        reports=tuple(file for series in said for file in series.files),
     )
 
 

@@ -333,7 +333,7 @@ class _Builder:
         try:
             if self._plan.task.kind in WITH_NUMBERS:
                 return None, labels.interval_of(study, self._one_image(study))
-            return labels.of(study, self._one_image(study)), None
+            return labels.of(study, self._one_image(study), [self._path(file) for file in study.reports]), None
         except UnusableError as error:
             if error.reason is not Reason.NOT_LABELLED or not may_lack_label:
                 raise

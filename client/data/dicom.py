@@ -38,9 +38,10 @@ __all__ = [
     "read_series",
     "read_structures",
     "read_volumes",
+    "report",
 ]
 
-_KINDS = {"image": Kind.DICOM, "segmentation": Kind.SEGMENTATION, "structures": Kind.STRUCTURES}
+_KINDS = {"image": Kind.DICOM, "segmentation": Kind.SEGMENTATION, "structures": Kind.STRUCTURES, "report": Kind.REPORT}
 
 
 def inspect(path: Path, secret: bytes) -> Facts:
@@ -144,6 +145,18 @@ def attribute(path: Path, keyword: str) -> str:
         If the file cannot be read.
     """
     return str(reader.ask("attribute", path, keyword=keyword).facts["value"])
+
+
+def report(path: Path, words: Sequence[str]) -> set[str]:
+    """Which of some words, in lower case, a verified structured report says.
+
+    Raises
+    ------
+    UnusableError
+        If the file cannot be read.
+    """
+    said = reader.ask("report", path, words=list(words)).facts["said"]
+    return {str(word) for word in said} & set(words)
 
 
 def read_segmentation(path: Path, series: Stack, labels: Sequence[str]) -> NDArray[np.uint8]:

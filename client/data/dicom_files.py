@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import pydicom
 from pydicom import Dataset, uid
 from pydicom.charset import convert_encodings
-from pydicom.dataelem import RawDataElement
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement, convert_raw_data_element
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
@@ -61,6 +62,7 @@ _ABOUT = [
     *("PatientID", "PatientName", *_IDENTITY, "SeriesDescription", "Manufacturer", "ManufacturerModelName"),
     *("MagneticFieldStrength", "ReferencedSeriesSequence", "BurnedInAnnotation", *_SHAPE, *_GEOMETRY),
     "ReferencedFrameOfReferenceSequence",
+    "VerificationFlag",
     GRID_TAG,
 ]
 LAYOUT = [
@@ -147,11 +149,62 @@ def _walked(head: bytes, tags: list[Any]) -> tuple[Dataset, UID, int] | None:
     if found is None:
         return None
     elements, at = found
-    header = Dataset(elements)  # type: ignore[arg-type]
     charset = elements.get(BaseTag(0x00080005))
-    names = charset.value.decode("ascii").strip().split("\\") if charset is not None and charset.value else [""]
-    header.set_original_encoding(is_implicit, True, convert_encodings([name.strip() for name in names]))
-    return header, syntax, at
+    return Header(elements, _encodings(charset.value if charset is not None else b""), is_implicit), syntax, at
+
+
+@lru_cache(maxsize=64)
+def _encodings(charset: bytes | None) -> tuple[str, ...]:
+    """Python's names of the character sets that a header names."""
+    names = charset.decode("ascii").strip().split("\\") if charset else [""]
+    return tuple(convert_encodings([name.strip() for name in names]))
+
+
+class Header(Dataset):
+    """A data set of which plain values are converted once for all files that hold the same bytes, as slices do.
+
+    Nothing may be added to it: what was not there at first is not found by ``get``.
+    """
+
+    def __init__(self, elements: dict[BaseTag, RawDataElement], encodings: tuple[str, ...], is_implicit: bool) -> None:
+        super().__init__(elements)  # type: ignore[arg-type]
+        self.set_original_encoding(is_implicit, True, list(encodings))
+        plain = {int(number): raw for number, raw in elements.items()}  # a tag compares itself slowly
+        object.__setattr__(self, "_read", (plain, encodings))
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The value of an attribute by its keyword; as a data set's for all other keys."""
+        number = _number(key) if type(key) is str else None
+        if number is None:
+            return super().get(key, default)
+        elements, encodings = self._read
+        raw = elements.get(number)
+        if raw is None:
+            return default
+        vr = raw.VR or _dictionary_vr(number)
+        if vr not in _PLAIN or not raw.value or len(raw.value) > LONGEST_KEPT:
+            return super().get(key, default)
+        return _converted(number, vr, raw.value, encodings)
+
+
+LONGEST_KEPT = 256
+"""Longer values are not kept for the next file [bytes]."""
+
+
+@cache
+def _number(keyword: str) -> int | None:
+    return tag_for_keyword(keyword)
+
+
+@cache
+def _dictionary_vr(number: int) -> str:
+    return dictionary_VR(number) if dictionary_has_tag(number) else ""
+
+
+@lru_cache(maxsize=4096)
+def _converted(number: int, vr: str, value: bytes, encodings: tuple[str, ...]) -> Any:
+    raw = RawDataElement(BaseTag(number), vr, len(value), value, 0, False, True)
+    return convert_raw_data_element(raw, encoding=list(encodings)).value
 
 
 @cache
@@ -164,6 +217,7 @@ _LONG = frozenset({b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC"
 """Value representations whose length has four bytes (PS3.5, 7.1.2)."""
 
 _SHORT = frozenset(re.findall(rb"[A-Z]{2}", b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US"))
+_PLAIN = frozenset(vr.decode() for vr in _SHORT)
 
 
 def _elements(
@@ -307,9 +361,15 @@ def _described(file: Opened) -> Facts:
     }
 
 
+REPORTS = (uid.BasicTextSRStorage, uid.EnhancedSRStorage, uid.ComprehensiveSRStorage, uid.Comprehensive3DSRStorage)
+
+
 def _kind(file: Opened) -> str:
-    """``image``, ``segmentation`` or ``structures``, after checks that cost nothing."""
+    """``image``, ``segmentation``, ``structures`` or ``report``, after checks that cost nothing."""
     header = file.header
+    if header.get("SOPClassUID") in REPORTS:
+        require_verified(header)
+        return "report"
     if header.get("SOPClassUID") == uid.RTStructureSetStorage:
         return "structures"
     check_size(file)
@@ -322,6 +382,12 @@ def _kind(file: Opened) -> str:
     if header.get("SOPClassUID") not in _STACKED and not is_grid(header) and not all(map(header.get, _GEOMETRY)):
         raise UnusableError(Reason.TAGS_MISSING)
     return "image"
+
+
+def require_verified(header: Dataset) -> None:
+    """A report that nobody answers for, such as a program's, is no label (PS3.3, C.17.2)."""
+    if text(header, "VerificationFlag") != "VERIFIED":
+        raise UnusableError(Reason.NOT_AN_IMAGE)
 
 
 _STACKED = (uid.RTDoseStorage, uid.NuclearMedicineImageStorage)

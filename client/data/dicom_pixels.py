@@ -1,4 +1,4 @@
-"""The pixels of a DICOM file, decoded, and the labels that are drawn in one; runs in the child of ``reader``.
+"""The pixels of a DICOM file, decoded, and the labels that are drawn or said in one; runs in the child of ``reader``.
 
 Compressed pixels go to the decoder that was fastest on them when measured (docs/decisions/dependencies.md).
 """
@@ -21,6 +21,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.tag import BaseTag
 from pydicom.uid import UID
 
+from client.data import codecs
 from client.data.dicom_files import (
     DEFLATED_FRAMES,
     LABEL_MAP,
@@ -35,6 +36,7 @@ from client.data.dicom_files import (
     is_squeezed,
     number,
     opened,
+    require_verified,
     syntax_of,
     text,
 )
@@ -44,15 +46,18 @@ from client.data.zips import open_file
 Share = Callable[[tuple[int, ...], str], NDArray[Any]]
 """Gives an array of a shape and dtype whose contents the asking process sees."""
 
+MAX_ITEMS = 10_000
+"""Content items that one report may hold."""
+
 MAX_CONTOUR_VALUES = 20_000_000
 """Coordinates of contours that one file may hold."""
 
 _PLUGINS = {
-    uid.RLELossless: ("pylibjpeg", "pydicom"),
+    uid.RLELossless: (codecs.NAME, "pylibjpeg", "pydicom"),
     uid.JPEGBaseline8Bit: ("pylibjpeg", "gdcm"),
     uid.JPEGExtended12Bit: ("pylibjpeg", "gdcm"),
-    uid.JPEGLossless: ("gdcm", "pylibjpeg"),
-    uid.JPEGLosslessSV1: ("gdcm", "pylibjpeg"),
+    uid.JPEGLossless: (codecs.NAME, "pylibjpeg", "gdcm"),
+    uid.JPEGLosslessSV1: (codecs.NAME, "pylibjpeg", "gdcm"),
     uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
     uid.JPEG2000Lossless: ("pylibjpeg", "gdcm"),
@@ -62,6 +67,9 @@ _PLUGINS = {
     uid.HTJ2K: ("pylibjpeg",),
 }
 """The fastest decoder of each compressed syntax first; the others for what it refuses."""
+
+for _syntax in codecs.DECODER_DEPENDENCIES:
+    get_decoder(_syntax).add_plugin(codecs.NAME, (codecs.__name__, codecs.decode_frame.__name__))
 
 
 def pixels(path: Path, share: Share) -> Facts:
@@ -221,6 +229,26 @@ def _frame_of_segmentation(frame: Dataset, shared: Dataset | None) -> Facts:
         "segment": None if which is None else int(which.ReferencedSegmentNumber),
         "sources": [[str(s.ReferencedSOPInstanceUID), int(number(s, "ReferencedFrameNumber") or 0)] for s in sources],
     }
+
+
+def report(path: Path, words: list[str]) -> Facts:
+    """Which of some words, in lower case, a structured report says: as the whole of a coded value or of a text.
+
+    Content items are those of PS3.3, C.17.3; where they stand in the tree does not matter.
+    """
+    with unusable(Reason.DAMAGED):
+        header = opened(path, ["ContentSequence", "VerificationFlag", "SOPClassUID"]).header
+        require_verified(header)
+        waiting, said, n_items = [header], set(), 0
+        while waiting:
+            for item in waiting.pop().get("ContentSequence") or []:
+                n_items += 1
+                if n_items > MAX_ITEMS:
+                    raise UnusableError(Reason.TOO_LARGE)
+                waiting.append(item)
+                codes = item.get("ConceptCodeSequence") or []
+                said |= {text(item, "TextValue").lower(), *(text(code, "CodeMeaning").lower() for code in codes)}
+        return {"said": sorted(said & set(words))}
 
 
 def structures(path: Path) -> Facts:

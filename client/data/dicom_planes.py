@@ -67,7 +67,7 @@ def _kind_of_image(file: Opened) -> None:
 def _layout(file: Opened) -> Facts:
     header = file.header
     frames = max(int(header.get("NumberOfFrames") or 1), 1)
-    rows, columns = int(header.Rows), int(header.Columns)
+    stored_rows, stored_columns = rows, columns = int(header.get("Rows")), int(header.get("Columns"))
     if header.get("PerFrameFunctionalGroupsSequence"):
         planes = _planes_of_groups(header, frames)
     elif frames > 1:
@@ -84,8 +84,8 @@ def _layout(file: Opened) -> Facts:
     return {
         "rows": rows,
         "columns": columns,
-        "stored_rows": int(header.Rows),
-        "stored_columns": int(header.Columns),
+        "stored_rows": stored_rows,
+        "stored_columns": stored_columns,
         "frames": frames,
         "samples": 3 if is_colour(header) else 1,
         "raw": _raw(file, frames),
@@ -106,7 +106,7 @@ def _raw(file: Opened, frames: int) -> Facts | None:
         return None
     if text(header, "PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2"):
         raise UnusableError(Reason.NOT_SUPPORTED)
-    n_values = int(header.Rows) * int(header.Columns) * frames
+    n_values = int(header.get("Rows")) * int(header.get("Columns")) * frames
     if n_values * bits // 8 > file.after:
         raise UnusableError(Reason.DAMAGED)
     is_float = "PixelRepresentation" not in header and bits == 32 and "BitsStored" not in header

@@ -1,7 +1,8 @@
-"""The label or number of a study as a whole, for tasks that have one: from a table, a folder's name, or the DICOM header.
+"""The label or number of a study as a whole, for tasks that have one: from a table, a folder's name, a report or a header.
 
 In this order: the attribute that the plan names, and nothing else then; a row of ``labels.csv``; for pictures the folder
-between ``images`` and the file. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
+between ``images`` and the file; the study's verified DICOM structured reports, where a coded value or a text is a label of
+the plan and nothing else. ``labels.csv`` lies in the data folder or above it and has the columns ``patient`` and
 ``label``; a column ``study`` says it for one study alone, a column ``site`` for one data folder. A patient is a Patient
 ID, or what stands for it: the top folder of a NIfTI file, a picture's name or its subject in ``index.csv``. A study is a
 Study Instance UID, or the folder of the NIfTI file.
@@ -66,16 +67,16 @@ class StudyLabels:
                 self._read(path, source.name, secret)
                 break
 
-    def of(self, study: Study, paths: Sequence[Path]) -> int:
+    def of(self, study: Study, paths: Sequence[Path], reports: Sequence[Path] = ()) -> int:
         """The index of a study's label, or of several the sum of 2 to the power of each; ``paths`` are the files of one of
-        its images.
+        its images, ``reports`` its reports.
 
         Raises
         ------
         UnusableError
             If there is none, there are several where one is asked for, or it is none of the plan's.
         """
-        words = self._words_of(study, paths)
+        words = self._words_of(study, paths, reports)
         if self._are_several:
             return self._bits(words)
         if len(words) > 1:
@@ -102,7 +103,7 @@ class StudyLabels:
         UnusableError
             If there is none, there are several, or it is no number of the kind that the plan asks for.
         """
-        found = {interval(word) for word in self._words_of(study, paths)}
+        found = {interval(word) for word in self._words_of(study, paths, ())}
         if len(found) > 1:
             raise UnusableError(Reason.LABELS_DISAGREE)
         (one,) = found
@@ -110,13 +111,13 @@ class StudyLabels:
             raise UnusableError(Reason.LABEL_UNKNOWN)
         return one
 
-    def _words_of(self, study: Study, paths: Sequence[Path]) -> set[str]:
-        words = {word.strip().lower() for word in self._said_of(study, paths)} - {""}
+    def _words_of(self, study: Study, paths: Sequence[Path], reports: Sequence[Path]) -> set[str]:
+        words = {word.strip().lower() for word in self._said_of(study, paths, reports)} - {""}
         if not words:
             raise UnusableError(Reason.NOT_LABELLED)
         return words
 
-    def _said_of(self, study: Study, paths: Sequence[Path]) -> set[str]:
+    def _said_of(self, study: Study, paths: Sequence[Path], reports: Sequence[Path]) -> set[str]:
         kind = next(iter(study.images.values())).kind
         if self._attribute is not None:
             return {dicom.attribute(path, self._attribute) for path in paths} if kind is Kind.DICOM else set()
@@ -124,7 +125,9 @@ class StudyLabels:
             if key in self._words:
                 return self._words[key]
         *_, above, folder = ("", "", *paths[0].relative_to(self._source).parts[:-1])
-        return {folder} if kind is Kind.PICTURE and above == "images" else set()
+        if kind is Kind.PICTURE:
+            return {folder} if above == "images" else set()
+        return {word for path in reports for word in dicom.report(path, list(self._indices))}
 
     def _read(self, path: Path, site: str, secret: bytes) -> None:
         try:

@@ -37,13 +37,13 @@ class _Arrays:
         self.all: list[NDArray[Any]] = []
 
     def share(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-        """An array of zeros that becomes part of the reply."""
+        """An array that becomes part of the reply, once all of it has been written."""
         n_bytes = math.prod(int(n) for n in shape) * np.dtype(dtype).itemsize
         if n_bytes > MOST_BYTES:
             raise UnusableError(Reason.TOO_LARGE)
         most, hard = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (most + n_bytes, hard))  # what a header may claim comes on top
-        self.all.append(np.zeros(tuple(int(n) for n in shape), dtype))
+        self.all.append(np.empty(tuple(int(n) for n in shape), dtype))
         return self.all[-1]
 
 
@@ -91,6 +91,16 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         whole(images.picture_values(Path(path), colour=colour))
         return {}
 
+    def kspace_header(path: str) -> dict[str, Any]:
+        from client.data import kspace_files
+
+        return kspace_files.describe(Path(path))
+
+    def kspace(path: str) -> dict[str, Any]:
+        from client.data import kspace_files
+
+        return kspace_files.values(Path(path), share)
+
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
@@ -98,12 +108,15 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "layouts": layouts,
         "pixels": lambda path: dicom_pixels.pixels(Path(path), share),
         "segmentation": lambda path: dicom_pixels.segmentation(Path(path), share),
+        "report": lambda path, words: dicom_pixels.report(Path(path), words),
         "structures": lambda path: dicom_pixels.structures(Path(path)),
         "members": lambda path: {"members": zips.members(Path(path))},
         "nifti header": nifti_header,
         "nifti": nifti,
         "picture header": picture_header,
         "picture": picture,
+        "k-space header": kspace_header,
+        "k-space": kspace,
     }
 
 

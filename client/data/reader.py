@@ -89,7 +89,7 @@ class Reader:
         self._process: subprocess.Popen[bytes] | None = None
         self._waiting = b""
 
-    def ask(self, what: str, *, size: int, **arguments: Any) -> Reply:
+    def ask(self, what: str, *, size: int, room: NDArray[np.uint8] | None = None, **arguments: Any) -> Reply:
         """Have the child do ``what`` (``parser`` lists it).
 
         Parameters
@@ -98,6 +98,8 @@ class Reader:
             Name of the ability.
         size
             Bytes of the file or files, which decide how much time and memory are granted.
+        room
+            Where an array of the answer may lie, if it fits; without it each gets memory of its own.
         arguments
             For the ability; paths as text.
 
@@ -110,14 +112,14 @@ class Reader:
         """
         for attempt in (1, 2):
             try:
-                return self._ask(what, size, arguments)
+                return self._ask(what, size, room, arguments)
             except _GoneError:
                 self.close()
                 if attempt == 2:
                     raise UnusableError(Reason.CRASHED) from None
         raise AssertionError
 
-    def _ask(self, what: str, size: int, arguments: dict[str, Any]) -> Reply:
+    def _ask(self, what: str, size: int, room: NDArray[np.uint8] | None, arguments: dict[str, Any]) -> Reply:
         process = self._running()
         seconds = CPU_S + size / BYTES_PER_S
         request = {"do": what, "with": arguments, "seconds": seconds, "bytes": MEMORY + 3 * size}
@@ -126,7 +128,9 @@ class Reader:
         reply = self._line(process, until)
         if "unusable" in reply:
             raise UnusableError(Reason(reply["unusable"]))
-        return Reply(reply["facts"], tuple(self._array(process, until, *one) for one in reply["arrays"]))
+        rooms = [room] if len(reply["arrays"]) == 1 else [None] * len(reply["arrays"])
+        arrays = [self._array(process, until, *one, of) for one, of in zip(reply["arrays"], rooms, strict=True)]
+        return Reply(reply["facts"], tuple(arrays))
 
     def close(self) -> None:
         """End the child."""
@@ -164,12 +168,22 @@ class Reader:
         line, _, self._waiting = b"".join(parts).partition(b"\n")
         return json.loads(line)  # type: ignore[no-any-return]
 
-    def _array(self, process: subprocess.Popen[bytes], until: float, dtype: str, shape: list[int]) -> NDArray[Any]:
+    def _array(
+        self,
+        process: subprocess.Popen[bytes],
+        until: float,
+        dtype: str,
+        shape: list[int],
+        room: NDArray[np.uint8] | None,
+    ) -> NDArray[Any]:
         """An array that follows a reply."""
-        if math.prod(shape) * np.dtype(dtype).itemsize > MOST_BYTES or np.dtype(dtype).hasobject:
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        if n_bytes > MOST_BYTES or np.dtype(dtype).hasobject:
             self.close()
             raise UnusableError(Reason.TOO_LARGE)
-        array = np.empty(shape, np.dtype(dtype))
+        if room is None or room.size < n_bytes:
+            room = np.empty(n_bytes, np.uint8)
+        array = room[:n_bytes].view(dtype).reshape(shape)
         buffer = array.reshape(-1).view(np.uint8).data if array.size else memoryview(b"")
         done = min(len(buffer), len(self._waiting))
         buffer[:done], self._waiting = self._waiting[:done], self._waiting[done:]
@@ -199,11 +213,16 @@ class Reader:
         raise _GoneError
 
 
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
+"""For glibc (mallopt(3)): what one image needed stays for the next one, since fetching each page anew costs as much as
+decoding does."""
+
+
 def _start() -> subprocess.Popen[bytes]:
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
     # Only what it needs: whatever else stands in the environment is none of a hostile file's business.
     env = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH") if name in os.environ}
-    env |= dict.fromkeys(threads, "1") | {"PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    env |= dict.fromkeys(threads, "1") | {"PYTHONPATH": str(_ROOT), "PYTHONDONTWRITEBYTECODE": "1"} | _KEEP_MEMORY
     process = subprocess.Popen(  # our own module
         [sys.executable, "-P", "-m", "client.data.parser"],
         stdin=subprocess.PIPE,
@@ -278,8 +297,8 @@ def living() -> list[int]:
     return _pool.living()
 
 
-def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
-    """Have a child parse a file, or several for ``what`` that takes ``paths``.
+def ask(what: str, *paths: Path, room: NDArray[np.uint8] | None = None, **arguments: Any) -> Reply:
+    """Have a child parse a file, or several for ``what`` that takes ``paths``; as :meth:`Reader.ask`.
 
     Raises
     ------
@@ -295,7 +314,7 @@ def ask(what: str, *paths: Path, **arguments: Any) -> Reply:
         raise UnusableError(Reason.NOT_OPENED)
     place: dict[str, Any] = {"paths": names} if what == "layouts" else {"path": names[0]}
     with _pool.one() as reader:
-        return reader.ask(what, size=size, **place, **arguments)
+        return reader.ask(what, size=size, room=room, **place, **arguments)
 
 
 def members(archive: Path) -> dict[str, Status]:

@@ -17,6 +17,7 @@ class Kind(StrEnum):
     NIFTI = "nifti"
     PICTURE = "picture"
     KSPACE = "k-space"
+    REPORT = "dicom structured report"
 
 
 class Role(StrEnum):
@@ -76,6 +77,9 @@ class Study:
 
     scanner: str | None
     """Manufacturer, model and field strength, such as "SIEMENS Aurora 1.5 T"."""
+
+    reports: tuple[File, ...] = ()
+    """Structured reports that somebody has verified."""
 
 
 @dataclass(frozen=True)

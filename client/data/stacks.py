@@ -188,6 +188,8 @@ def _differ(a: Plane, b: Plane) -> bool:
         return True
     if (a.spacing is None) != (b.spacing is None):
         return True
+    if a.spacing == b.spacing and _bytes(a.orientation) == _bytes(b.orientation):
+        return False
     is_resized = a.spacing != b.spacing and bool(
         np.abs(np.array(b.spacing) / np.array(a.spacing) - 1).max() > ORIENTATION_TOLERANCE
     )
@@ -196,10 +198,15 @@ def _differ(a: Plane, b: Plane) -> bool:
     return is_resized or bool(np.abs(a.orientation - b.orientation).max() > ORIENTATION_TOLERANCE)
 
 
+def _bytes(vector: NDArray[np.float64] | None) -> bytes | None:
+    """Compared much faster than numbers are; most slices of a series say the very same."""
+    return None if vector is None else vector.tobytes()
+
+
 def _places(planes: Sequence[Plane]) -> NDArray[np.int64]:
     """The number of each plane's place along the normal, counted from the lowest; planes closer than a hundredth of a
     millimetre are at one."""
-    along = np.array([_along(plane) for plane in planes])
+    along = _along(planes)
     order = np.argsort(along, kind="stable")
     numbers = np.zeros(len(planes), dtype=np.int64)
     numbers[order] = np.concatenate([[0], np.cumsum(np.diff(along[order]) > 0.01)])
@@ -210,12 +217,14 @@ def _n_places(planes: Sequence[Plane]) -> int:
     return int(_places(planes).max()) + 1
 
 
-def _along(plane: Plane) -> float:
-    return float(_normal(plane) @ plane.position)  # type: ignore[operator]
+def _along(planes: Sequence[Plane]) -> NDArray[np.float64]:
+    """How far along its normal each plane lies [mm]."""
+    x, y = np.array([plane.orientation for plane in planes]).reshape(-1, 2, 3).transpose(1, 0, 2)
+    return np.asarray((np.cross(x, y) * np.array([plane.position for plane in planes])).sum(axis=1))
 
 
 def _along_normal(planes: list[Plane]) -> list[Plane]:
-    return sorted(planes, key=_along)
+    return [planes[k] for k in np.argsort(_along(planes), kind="stable")]
 
 
 def _nth_of_each_place(planes: list[Plane]) -> list[list[Plane]]:
@@ -280,13 +289,20 @@ def stack(planes: Sequence[Plane], *, even: bool) -> Stack:
 
 
 def _pixels(planes: Sequence[Plane]) -> Iterator[tuple[int, Plane, NDArray[Any]]]:
-    """Each plane with its stored pixels, every file read once."""
+    """Each plane with its stored pixels, every file read once; they are good until the next."""
     by_file: dict[Path, list[int]] = defaultdict(list)
     for k, plane in enumerate(planes):
         by_file[plane.source.path].append(k)
+    room = np.empty(0, np.uint8)
     for path, wanted in by_file.items():
         source = planes[wanted[0]].source
-        frames = _raw_frames(source) if source.raw is not None else reader.ask("pixels", path).arrays[0]
+        if source.raw is None:
+            frames = reader.ask("pixels", path, room=room).arrays[0]
+            room = frames.reshape(-1).view(np.uint8) if frames.nbytes > room.size else room
+        else:
+            n_bytes = math.prod(source.stored) * np.dtype(source.raw[0]).itemsize
+            room = room if room.size >= n_bytes else np.empty(n_bytes, np.uint8)
+            frames = _raw_frames(source, room[:n_bytes])
         if frames.shape[:3] != source.stored or frames.ndim != (3 if source.samples == 1 else 4):
             raise UnusableError(Reason.PIXELS)
         for k in wanted:
@@ -300,21 +316,25 @@ def _pixels(planes: Sequence[Plane]) -> Iterator[tuple[int, Plane, NDArray[Any]]
             yield k, plane, whole
 
 
-def _raw_frames(source: Source) -> NDArray[Any]:
-    """Uncompressed pixels, read where they lie: nothing is parsed, so nothing can go wrong but the disk."""
+def _raw_frames(source: Source, into: NDArray[np.uint8]) -> NDArray[Any]:
+    """Uncompressed pixels, read where they lie: nothing is parsed, so nothing can go wrong but the disk.
+
+    They lie in ``into``, which the next file may have: one that stays in the processor's cache.
+    """
     dtype, offset, bits = source.raw  # type: ignore[misc]
     stored = np.dtype(dtype)
-    values = np.empty(source.stored, stored)
-    with unusable(Reason.PIXELS), source.path.open("rb", buffering=0) as file:
-        if os.fstat(file.fileno()).st_size < offset + values.nbytes:
-            raise UnusableError(Reason.DAMAGED)
-        file.seek(offset)
-        buffer, done = values.reshape(-1).view(np.uint8).data, 0
-        while done < len(buffer):
-            n = file.readinto(buffer[done:])
-            if not n:
-                raise UnusableError(Reason.DAMAGED)
-            done += n
+    with unusable(Reason.PIXELS):
+        file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < into.size:
+                n = os.preadv(file, [into.data[done:]], offset + done)
+                if not n:
+                    raise UnusableError(Reason.DAMAGED)
+                done += n
+        finally:
+            os.close(file)
+    values = into.view(stored).reshape(source.stored)
     unused = 8 * stored.itemsize - bits
     if 0 < unused < 8 * stored.itemsize and stored.kind in "iu":
         values = _without_unused_bits(values, unused)
@@ -326,7 +346,7 @@ def _without_unused_bits(values: NDArray[Any], unused: int) -> NDArray[Any]:
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     bits = 8 * native.itemsize - unused
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if native.dtype.kind == "i" else (0, (1 << bits) - 1)
-    if int(native.max()) <= high and int(native.min()) >= low:
+    if int(native.max()) <= high and (low == 0 or int(native.min()) >= low):
         return native
     return np.asarray((native << unused) >> unused)
 

@@ -157,7 +157,9 @@ def _file_meta(ds: Dataset) -> Any:
     return meta
 
 
-def _write_seg(series: WrittenSeries, masks: dict[str, np.ndarray], *, name: str = "seg.dcm") -> Path:
+def _write_seg(
+    series: WrittenSeries, masks: dict[str, np.ndarray], *, name: str = "seg.dcm", kind: str = "BINARY"
+) -> Path:
     """Write ``{segment label: mask (written file, row, column)}`` as a DICOM segmentation that refers to the series."""
     described = [
         highdicom.seg.SegmentDescription(
@@ -172,7 +174,7 @@ def _write_seg(series: WrittenSeries, masks: dict[str, np.ndarray], *, name: str
     segmentation = highdicom.seg.Segmentation(
         source_images=series.datasets,
         pixel_array=np.stack(list(masks.values()), axis=-1).astype(np.uint8),
-        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segmentation_type=highdicom.seg.SegmentationTypeValues(kind),
         segment_descriptions=described,
         series_instance_uid=generate_uid(),
         series_number=2,

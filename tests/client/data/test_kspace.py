@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+import random
+import shutil
+import struct
+import sys
 from pathlib import PurePosixPath
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import h5py
 import numpy as np
@@ -240,6 +246,192 @@ class TestNumpy:
 
         with pytest.raises(UnusableError):
             kspace.read(tmp_path / "a.npz", 1)
+
+
+def zipped(path, **members):
+    with ZipFile(path, "w", ZIP_DEFLATED) as file:
+        for name, content in members.items():
+            file.writestr(f"{name}.npy", content)
+    return path
+
+
+def npy_header(shape, dtype="<u2", version=b"\x01\x00"):
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text
+
+
+class TestHostileFiles:
+    """Files that claim much, lead elsewhere or are broken; each is refused by the process that parses, with a reason."""
+
+    def reason(self, path, secret) -> set[Reason]:
+        found = set()
+        for do in (lambda: inspected(path, secret), lambda: kspace.read(path, 1)):
+            with pytest.raises(UnusableError) as error:
+                do()
+            found.add(error.value.reason)
+        return found
+
+    def test_station_parses_none_of_it(self, tmp_path, secret, monkeypatch):
+        """
+        A process that can open neither format still reads both: another one does.
+        """
+        measured = a_file(tmp_path)
+        np.savez(tmp_path / "a.npz", magnitude=np.ones((8, 8), np.uint16))
+        monkeypatch.setitem(sys.modules, "h5py", None)
+        monkeypatch.setattr(np, "load", None)
+        monkeypatch.setattr("zipfile.ZipFile.__init__", None)
+
+        assert inspected(measured, secret).name == kspace.MEASURED
+        assert kspace.read(measured, 2).images.shape == (2, 3, 32, 24)
+        assert inspected(tmp_path / "a.npz", secret).name == kspace.MAGNITUDE
+        assert kspace.read(tmp_path / "a.npz", 1).images.shape == (1, 1, 8, 8)
+
+    @pytest.mark.parametrize("name", ["a.h5", "a.npz"])
+    @pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+    def test_truncated_file_is_counted(self, tmp_path, secret, name, share):
+        """
+        Cut near its head, in the middle of its numbers, or near its end.
+        """
+        path = tmp_path / name
+        if name == "a.h5":
+            a_file(tmp_path, name)
+        else:
+            np.savez(path, kspace=transformed(some_images(2, 1)[:, 0]))
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(share * len(whole))])
+
+        with pytest.raises(UnusableError) as error:
+            kspace.read(path, 2)
+        assert error.value.reason in (Reason.DAMAGED, Reason.PIXELS)
+
+    @pytest.mark.parametrize(
+        ("shape", "options"),
+        [
+            ((10_000, 256, 16_000, 16_000), {"chunks": (1, 1, 1000, 1000)}),
+            ((16, 4, 4096, 4096), {"chunks": (1, 1, 256, 256)}),
+            ((1, 3072, 4096), {"chunks": (1, 3072, 4096), "compression": "gzip"}),
+        ],
+        ids=["terabytes", "gigabytes", "a thousandfold"],
+    )
+    def test_data_set_that_its_bytes_cannot_hold_is_too_large(self, tmp_path, secret, shape, options):
+        """
+        Chunks that were never written take no room in a file, and even ones next to none.
+        """
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            stored = file.create_dataset("kspace", shape, np.complex64, **options)
+            if "compression" in options:
+                stored[...] = 0
+        path = tmp_path / "a.h5"
+
+        assert self.reason(path, secret) == {Reason.TOO_LARGE}
+
+    def test_chunks_of_an_unknown_filter_are_not_read(self, tmp_path, secret):
+        """
+        No program is looked for that might read them.
+        """
+        path, options = tmp_path / "a.h5", {"compression": 32015, "allow_unknown_filter": True}
+        with h5py.File(path, "w") as file:
+            file.create_dataset("kspace", (2, 8, 8), np.complex64, chunks=(1, 8, 8), **options)
+
+        assert self.reason(path, secret) == {Reason.NO_DECODER}
+
+    @pytest.mark.parametrize("kind", ["external link", "soft link", "virtual", "external storage", "no data set"])
+    @pytest.mark.parametrize("name", ["kspace", "mask", "ismrmrd_header"])
+    def test_what_leads_to_another_place_is_not_followed(self, tmp_path, secret, kind, name):
+        """
+        By whatever means HDF5 has for it, and in whichever of the parts that are read.
+        """
+        other = a_file(tmp_path, "other.h5")
+        with h5py.File(other, "a") as file:
+            file["mask"] = np.ones(32, np.uint8)
+        path = tmp_path / "a.h5"
+        shutil.copy(other, path)
+        with h5py.File(path, "a") as file:
+            stored = file[name]
+            shape, dtype = stored.shape or (1,), stored.dtype
+            file.move(name, "elsewhere")
+            if kind == "external link":
+                file[name] = h5py.ExternalLink(other.name, f"/{name}")
+            elif kind == "soft link":
+                file[name] = h5py.SoftLink("/elsewhere")
+            elif kind == "virtual":
+                layout = h5py.VirtualLayout(shape, dtype)
+                layout[...] = h5py.VirtualSource(str(other), name, stored.shape or (1,))
+                file.create_virtual_dataset(name, layout)
+            elif kind == "external storage":
+                dtype = dtype if dtype.kind != "O" else np.dtype("S100")
+                n_bytes = int(np.prod(shape)) * dtype.itemsize
+                file.create_dataset(name, shape, dtype, external=[(str(tmp_path / "other.h5"), 0, n_bytes)])
+            else:
+                file.create_group(name)
+
+        with pytest.raises(UnusableError) as error:
+            kspace.read(path, 2)
+        assert error.value.reason is Reason.LAYOUT
+
+    @pytest.mark.parametrize(
+        ("header", "reason"),
+        [
+            (npy_header((1 << 20, 1 << 20)), {Reason.DAMAGED}),
+            (npy_header((8, 8)) + bytes(100), {Reason.DAMAGED}),
+            (npy_header((8, 8), "|O") + pickle.dumps([{}]), {Reason.LAYOUT}),
+            (npy_header((8, 8), "<U4") + bytes(1024), {Reason.LAYOUT}),
+            (npy_header((8, 8), [("a", "<u2")]) + bytes(128), {Reason.LAYOUT}),
+            (npy_header((8, 8)).replace(b"(8, 8)", b"(-8,8)") + bytes(128), {Reason.DAMAGED}),
+            (npy_header((8192, 8192)) + bytes(2 * 8192**2), {Reason.TOO_LARGE}),
+            (b"nothing of the kind", {Reason.DAMAGED}),
+        ],
+        ids=["terabytes", "more than is there", "objects", "text", "records", "negative", "a thousandfold", "no array"],
+    )
+    def test_numpy_array_is_read_by_its_header_or_not_at_all(self, tmp_path, secret, header, reason):
+        """
+        Nothing is unpickled, and no room is made for what is not there.
+        """
+        path = zipped(tmp_path / "a.npz", magnitude=header)
+
+        assert inspected(path, secret).name == kspace.MAGNITUDE
+        with pytest.raises(UnusableError) as error:
+            kspace.read(path, 1)
+        assert {error.value.reason} == reason
+
+    def test_any_damage_is_counted_and_none_escapes(self, tmp_path, secret):
+        """
+        Bits turned over and ends cut off, in each format: read, or left out with a reason.
+        """
+        a_file(tmp_path, "a.h5", some_images(2, 1))
+        TestIsmrmrd().write(tmp_path / "b.h5", some_images(2, 1))
+        np.savez_compressed(tmp_path / "c.npz", re=np.ones((8, 9)), im=np.ones((8, 9)), scale=np.float32(2))
+        whole = {path: path.read_bytes() for path in sorted(tmp_path.iterdir())}
+        rng, outcomes = random.Random(0), set()
+        for n in range(90):
+            path, data = list(whole.items())[n % 3][0], bytearray(list(whole.values())[n % 3])
+            for _ in range(rng.randint(1, 20)):
+                data[rng.randrange(min(len(data), rng.choice((600, 3000, len(data)))))] ^= 1 << rng.randrange(8)
+            broken = tmp_path / f"broken{path.suffix}"
+            broken.write_bytes(data[: rng.randrange(len(data)) if n % 5 == 0 else None])
+            try:
+                inspected(broken, secret)
+                kspace.read(broken, 1)
+                outcomes.add("read")
+            except UnusableError as error:
+                outcomes.add(error.reason)
+
+        assert {Reason.DAMAGED, Reason.LAYOUT} <= outcomes
+
+    def test_matrix_that_the_lines_cannot_fill_is_too_large(self, tmp_path):
+        """
+        Some kilobytes of lines whose header claims an encoded matrix of gigabytes.
+        """
+        path = tmp_path / "scan.h5"
+        TestIsmrmrd().write(path, some_images(2))
+        with h5py.File(path, "a") as file:
+            header = np.asarray(file["dataset/xml"]).reshape(-1)[0]
+            begin = header.index(b"<encodedSpace>")
+            claims = header[begin:].replace(b"<x>24</x>", b"<x>16000</x>", 1).replace(b"<y>32</y>", b"<y>16000</y>", 1)
+            file["dataset/xml"][0] = header[:begin] + claims
+
+        with pytest.raises(UnusableError, match=Reason.TOO_LARGE.value):
+            kspace.read(path, 2)
 
 
 class TestCohort:

@@ -1,4 +1,4 @@
-"""A study's label comes from a table, a folder or the header, and nobody guesses."""
+"""A study's label comes from a table, a folder, a report or the header, and nobody guesses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import ComprehensiveSRStorage, ExplicitVRLittleEndian, generate_uid
 
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
@@ -303,6 +305,77 @@ class TestOtherSources:
 
         assert found(cohort) == {0: 1, 1: 1}
         assert reasons(cohort) == {Reason.NOT_LABELLED: 1}
+
+
+def write_report(folder, *values, verified="VERIFIED", name="report.dcm", patient=None):
+    """A structured report beside the images in a folder: a heading, and within it a code for each value, or a text."""
+    about = dcmread(next(path for path in sorted(folder.iterdir()) if path.name.startswith("im-")))
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = ComprehensiveSRStorage
+    ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    ds.PatientID, ds.StudyInstanceUID = patient or about.PatientID, about.StudyInstanceUID
+    ds.SeriesInstanceUID, ds.Modality, ds.VerificationFlag = generate_uid(), "SR", verified
+    heading = Dataset()
+    heading.ValueType, heading.ContentSequence = "CONTAINER", []
+    for value in values:
+        item, code = Dataset(), Dataset()
+        if value.startswith("text:"):
+            item.ValueType, item.TextValue = "TEXT", value.removeprefix("text:")
+        else:
+            code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "1", "99TEST", value
+            item.ValueType, item.ConceptCodeSequence = "CODE", [code]
+        heading.ContentSequence.append(item)
+    ds.ContentSequence = [heading]
+    ds.save_as(folder / name, enforce_file_format=True)
+
+
+class TestReports:
+    def test_verified_report_labels_its_study(self, build, folder):
+        """
+        By a code or a text that is a label of the plan, beside others that are none.
+        """
+        write_report(folder / "P-0" / "first", "Unremarkable", "Healthy")
+        write_report(folder / "P-1" / "first", "text:LESION", "text:nothing of the lesion kind")
+
+        cohort = build(folder)
+
+        assert found(cohort) == {0: 1, 1: 1}
+        assert reasons(cohort) == {Reason.NOT_LABELLED: 3}
+
+    def test_table_comes_before_a_report(self, build, folder):
+        """
+        What the hospital wrote down for this purpose counts.
+        """
+        table(folder, "P-0,lesion", "P-1,healthy")
+        write_report(folder / "P-0" / "first", "healthy")
+
+        assert found(build(folder)) == {0: 1, 1: 2}
+
+    def test_reports_that_say_two_things_are_counted(self, build, folder):
+        """
+        In one report or in two.
+        """
+        write_report(folder / "P-0" / "first", "healthy", "lesion")
+        write_report(folder / "P-1" / "first", "healthy")
+        write_report(folder / "P-1" / "first", "lesion", name="second.dcm")
+        write_report(folder / "P-2" / "first", "healthy")
+        write_report(folder / "P-3" / "first", "lesion")
+
+        assert reasons(build(folder)) == {Reason.LABELS_DISAGREE: 2, Reason.NOT_LABELLED: 1}
+
+    def test_report_that_nobody_answers_for_is_no_label(self, build, folder, tmp_path):
+        """
+        A program's prediction that came back from the archive, and a report without images.
+        """
+        write_report(folder / "P-0" / "first", "healthy", verified="UNVERIFIED")
+        write_report(folder / "P-1" / "first", "lesion", patient="somebody else")
+        table(folder, "P-2,healthy", "P-3,lesion")
+
+        assert found(build(folder)) == {0: 1, 1: 1}
+        skipped = Catalogue.open(tmp_path / "catalogue.sqlite").skipped()
+        assert Counter(one.reason for one in skipped) == {Reason.NOT_AN_IMAGE: 2}
 
 
 class TestOutlines:
