@@ -39,6 +39,8 @@ class Shown:
     """PNG as a data URI."""
 
     caption: str
+    is_map: bool = False
+    """Whether it is covered by a map from 0 to 1, whose colours the page then explains."""
 
 
 @dataclass
@@ -53,6 +55,9 @@ class Findings:
     """Rows of the table, all with the same keys; the first is a name."""
 
     pictures: list[Shown] = field(default_factory=list)
+    pictures_in_a_row: int | None = None
+    """How many belong beside each other; None for as many as fit."""
+
     notes: list[str] = field(default_factory=list)
     """What a reader has to know of this prediction, in sentences."""
 

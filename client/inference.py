@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from client.data.scan import Scan
 from client.data.skips import UnusableError
 from client.data.zips import open_file
 from client.findings import Findings
+from client.findings_maps import Form
 from client.folder import SiteFolder, cannot
 from client.plans import PIN, Pin
 from client.site import Pacs, SiteConfig
@@ -98,6 +99,11 @@ class Case:
     """For each slice of the scan its place among the frames of all sources, from 0."""
 
     kind: Kind
+    maps: Form = "nifti"
+    """How maps are written."""
+
+    passes: int = 0
+    """Passes with dropout from which uncertainty is read; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,8 @@ def predict(
     *,
     deidentified: bool = False,
     send: bool = False,
+    maps: Form = "nifti",
+    passes: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Prediction:
     """Let a released model predict a study, and write what it found into a new folder.
@@ -135,6 +143,10 @@ def predict(
         Whether what is written carries mapped identifiers and dates in place of the hospital's own.
     send
         Whether the DICOM objects go to the archive that ``site.toml`` names, once the folder is written.
+    maps
+        Whether maps are NIfTI, DICOM parametric maps, or both.
+    passes
+        From how many passes with dropout switched on uncertainty is read; 0 for the network's own probabilities.
     on_progress
         Told (windows done, in all).
 
@@ -142,19 +154,25 @@ def predict(
     ------
     FederadError
         C123 if the study does not fit the model, C124 if the folder cannot be written, C126 if the archive does not take
-        what is sent, C163 if it is unclear which release
-        is meant, M211 to M215 if it is not what the operator signed, M210 or P102 to P104 if this version cannot build it.
+        what is sent, C163 if it is unclear which release is meant or it has no dropout for ``passes``, M211 to M215 if it
+        is not what the operator signed, M210 or P102 to P104 if this version cannot build it.
     """
     archive = _archive(site) if send else None
     model = load(site, wanted)
     writer = _writer(model.plan)
+    if passes and model.plan.task.dropout is None:
+        raise cannot(
+            f"{model.name} was trained without dropout, so passes with dropout say nothing.",
+            "What several passes disagree about is read off features that are left out at random, as in training.",
+            "leave --passes out: uncertainty is then read off the probabilities of one pass",
+        )
     if not study.exists():
         raise _unfit(f"There is no {study}.")
     secret = (site.station / "secret").read_bytes()
     with _new_folder(to) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders' warnings quote header values
         case, handled = read_case(model, study, secret, site.station, deidentified=deidentified)
-        findings: Findings = writer(case, part, on_progress)
+        findings: Findings = writer(replace(case, maps=maps, passes=passes), part, on_progress)
         if handled is not None:
             (part / "deidentification.json").write_text(json.dumps(handled.as_json(), indent=1), encoding="utf-8")
             findings.files["deidentification.json"] = "what was done to the header, and what was not"
