@@ -130,9 +130,9 @@ def segmentation(case: Case, labels: NDArray[np.uint8]) -> tuple[Dataset, list[s
         content_label="FEDERAD",
         content_description=PURPOSE,
         omit_empty_frames=bool(labels.any()),
-        **_equipment(case),
+        **equipment(case),
     )
-    written.SeriesDescription = _series_description(case)
+    written.SeriesDescription = series_description(case)
     return written, uncoded
 
 
@@ -169,7 +169,7 @@ def parametric_map(
     window = highdicom.VOILUTTransformation(window_center=(low + high) / 2, window_width=max(high - low, 1e-6))
     in_frames = np.empty_like(values)
     in_frames[list(case.frames)] = values
-    written = highdicom.pm.ParametricMap(
+    written: Dataset = highdicom.pm.ParametricMap(
         source_images=_sources(case),
         pixel_array=in_frames,
         series_number=9003,
@@ -178,7 +178,7 @@ def parametric_map(
         voi_lut_transformations=[window],
         content_label="FEDERAD",
         content_description=meaning[:64],
-        **_equipment(case),
+        **equipment(case),
     )
     _turn_round(written)
     anatomy = Dataset()
@@ -256,19 +256,19 @@ def _report(case: Case, measurements: Sequence[Any], evaluations: Sequence[Any] 
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources,
     )
-    equipment = _equipment(case)
+    made = equipment(case)
     written: Dataset = sr.ComprehensiveSR(
         evidence=sources,
         content=report[0],
         series_number=9002,
-        series_instance_uid=equipment["series_instance_uid"],
-        sop_instance_uid=equipment["sop_instance_uid"],
+        series_instance_uid=made["series_instance_uid"],
+        sop_instance_uid=made["sop_instance_uid"],
         instance_number=1,
         manufacturer=MAKER,
         is_complete=True,
         is_final=False,
     )
-    written.SeriesDescription = _series_description(case)
+    written.SeriesDescription = series_description(case)
     return written
 
 
@@ -304,7 +304,8 @@ def _region(source: Dataset) -> Dataset:
         return stated
     name = str(source.get("BodyPartExamined") or "")
     known = {keyword.upper(): getattr(codes.cid4030, keyword) for keyword in codes.cid4030.dir()}
-    return CodedConcept.from_code(known.get(name, codes.SCT.EntireBody))
+    region: Dataset = CodedConcept.from_code(known.get(name, codes.SCT.EntireBody))
+    return region
 
 
 def _algorithm(case: Case) -> Any:
@@ -318,7 +319,8 @@ def _algorithm(case: Case) -> Any:
     )
 
 
-def _equipment(case: Case) -> dict[str, Any]:
+def equipment(case: Case) -> dict[str, Any]:
+    """UIDs of a new object in a series of its own, and what made it, as highdicom's arguments."""
     return {
         "series_instance_uid": generate_uid(),
         "sop_instance_uid": generate_uid(),
@@ -330,7 +332,8 @@ def _equipment(case: Case) -> dict[str, Any]:
     }
 
 
-def _series_description(case: Case) -> str:
+def series_description(case: Case) -> str:
+    """Names the plan, and says what the series is not for."""
     return f"{MAKER} {case.model.plan.name}"[: 64 - len(PURPOSE) - 2] + f": {PURPOSE}"
 
 

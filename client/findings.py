@@ -162,6 +162,17 @@ def heated(scan: Scan, heat: NDArray[np.float32], k: int) -> str:
     return _uri(_image(blended).resize((wide, tall), Image.Resampling.BICUBIC))
 
 
+def beside(plane: NDArray[np.float32], brightest: float, scan: Scan, spacing_mm: tuple[float, float, float]) -> str:
+    """A plane ``(y, x)`` in greys from 0 to ``brightest``, as a data URI: for pictures that are to be compared."""
+    stretch = spacing_mm[1] / spacing_mm[2]
+    if scan.affine is not None:
+        column_mm, row_mm = np.linalg.norm(scan.affine[:3, :2], axis=0)
+        stretch = float(row_mm / column_mm)
+    tall, wide = _size(plane.shape, stretch)
+    grey = _image(np.asarray(plane, np.float64) / max(brightest, 1e-30))
+    return _uri(grey.resize((wide, tall), Image.Resampling.BICUBIC))
+
+
 def save_nifti(path: Path, values: NDArray[Any], scan: Scan) -> None:
     """Write ``(slice, row, column)`` on the scan's grid; a photograph's has pixels of 1 mm."""
     import nibabel

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,10 +24,12 @@ from numpy.typing import NDArray
 
 from client.data import images
 from client.data.catalogue import Catalogue
-from client.data.cohort import image_series, read_scan
+from client.data.cohort import image_series, read_coils, read_scan
 from client.data.deidentify import Deidentifier, Handled
-from client.data.preprocessing import one_thread, prepare
-from client.data.records import Kind, Study
+from client.data.kspace import Coils, is_simulated
+from client.data.kspace_header import Acquired, acquired
+from client.data.preprocessing import coil_volume, one_thread, prepare
+from client.data.records import Kind, Series, Study
 from client.data.scan import Scan
 from client.data.skips import UnusableError
 from client.data.zips import open_file
@@ -41,6 +43,7 @@ from shared_models.plan import Plan
 from shared_models.registry import look_up
 from shared_models.release import Card, Release, verify_folder
 from shared_models.signing import load_public
+from shared_models.tasks import OF_KSPACE
 from shared_models.volume import Volume
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ WRITERS = {
     "segmentation": "client.findings_segmentation:write",
     "classification": "client.findings_classification:write",
     "quantification": "client.findings_quantification:write",
+    "reconstruction": "client.findings_reconstruction:write",
 }
 """For each kind of task what makes files, measures and pictures of a prediction: ``write(case, folder, on_progress)``."""
 
@@ -104,6 +108,15 @@ class Case:
 
     passes: int = 0
     """Passes with dropout from which uncertainty is read; 0 for none."""
+
+    acquired: Acquired | None = None
+    """What a file of k-space says of patient and place; None where the study has images."""
+
+    unit: float = 1.0
+    """What 1 in a volume of coil images is in the source's units."""
+
+    is_made_up: bool = False
+    """Whether the volume's k-space was made up from magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +182,10 @@ def predict(
     if not study.exists():
         raise _unfit(f"There is no {study}.")
     secret = (site.station / "secret").read_bytes()
+    name = SiteConfig.load(site.station).name
     with _new_folder(to) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders' warnings quote header values
-        case, handled = read_case(model, study, secret, site.station, deidentified=deidentified)
+        case, handled = read_case(model, study, secret, site.station, deidentified=deidentified, site=name)
         findings: Findings = writer(replace(case, maps=maps, passes=passes), part, on_progress)
         if handled is not None:
             (part / "deidentification.json").write_text(json.dumps(handled.as_json(), indent=1), encoding="utf-8")
@@ -184,7 +198,7 @@ def predict(
     if archive is not None:
         from client.delivery import deliver
 
-        summary["sent"] = deliver(sorted(to.glob("*.dcm")), archive)
+        summary["sent"] = deliver(sorted(to.rglob("*.dcm")), archive)
     return Prediction(to, to / PAGE, summary)
 
 
@@ -217,7 +231,7 @@ def load(site: SiteFolder, wanted: str) -> Model:
 
 
 def read_case(
-    model: Model, path: Path, secret: bytes, work_in: Path, *, deidentified: bool = False
+    model: Model, path: Path, secret: bytes, work_in: Path, *, deidentified: bool = False, site: str = ""
 ) -> tuple[Case, Handled | None]:
     """A study as the model sees it, through the reader and the preprocessing of training; C123 if it does not fit.
 
@@ -231,26 +245,58 @@ def read_case(
         A folder for what is needed meanwhile; nothing of it stays.
     deidentified
         Whether the headers' identifiers and dates are mapped; what was done to them is then returned, too.
+    site
+        The site's name, for what a plan says of single sites.
     """
     plan = model.plan
     with tempfile.TemporaryDirectory(dir=work_in) as work, _as_folder(path, Path(work)) as source, one_thread():
         study, paths = _only_study(source, Path(work) / "catalogue.sqlite", secret)
         try:
             channels = image_series(study, plan)
-            scan = read_scan(channels, None, lambda file: paths[file.key], plan)
-            volume = prepare(scan, plan.data)
+            case = _read(model, study, channels, paths, site)
         except UnusableError as error:
             raise _unfit(_reason(study, plan, error)) from None
-        sources: tuple[Dataset, ...] = ()
-        frames: tuple[int, ...] = ()
-        if channels[0].kind is Kind.DICOM:
-            sources, frames = _sources([paths[file.key] for file in channels[0].files], scan)
-    handled = None
-    if deidentified:
-        deidentifier = Deidentifier(secret)
-        sources = tuple(deidentifier.apply(one) for one in sources)
-        handled = deidentifier.handled
-    return Case(model, study.key, scan, volume, sources, frames, channels[0].kind), handled
+    if not deidentified:
+        return case, None
+    deidentifier = Deidentifier(secret)
+    case = replace(case, sources=tuple(deidentifier.apply(one) for one in case.sources))
+    if case.acquired is not None:
+        case = replace(case, acquired=replace(case.acquired, header=deidentifier.apply(case.acquired.header)))
+    return case, deidentifier.handled
+
+
+def _read(model: Model, study: Study, channels: list[Series], paths: Mapping[str, Path], site: str) -> Case:
+    """One study before one model, with the hospital's own identifiers; UnusableError if it does not fit."""
+    plan, kind = model.plan, channels[0].kind
+    of_first = [paths[file.key] for file in channels[0].files]
+    if plan.task.kind in OF_KSPACE and kind is Kind.KSPACE:
+        return _read_kspace(model, study, channels[0], paths, site)
+    scan = read_scan(channels, None, lambda file: paths[file.key], plan)
+    sources, frames = _sources(of_first, scan) if kind is Kind.DICOM else ((), ())
+    if plan.task.kind in OF_KSPACE:
+        coils = read_coils(channels[0], lambda file: paths[file.key], plan)
+        volume = replace(coil_volume(coils), key=study.key, site=site)
+        return Case(model, study.key, scan, volume, sources, frames, kind, unit=_largest(coils), is_made_up=True)
+    return Case(model, study.key, scan, prepare(scan, plan.data), sources, frames, kind)
+
+
+def _read_kspace(model: Model, study: Study, series: Series, paths: Mapping[str, Path], site: str) -> Case:
+    """A file of k-space; its scan is the magnitude of what was measured."""
+    coils = read_coils(series, lambda file: paths[file.key], model.plan, with_gaps=True)
+    volume = replace(coil_volume(coils), key=study.key, site=site)
+    magnitude = np.sqrt((np.abs(coils.images) ** 2).sum(axis=0), dtype=np.float32)
+    scan = Scan(magnitude[np.newaxis], None)
+    known = acquired(paths[series.files[0].key], scan.shape)
+    return Case(
+        *(model, study.key, scan, volume, (), (), Kind.KSPACE),
+        acquired=known,
+        unit=_largest(coils),
+        is_made_up=is_simulated(series),
+    )
+
+
+def _largest(coils: Coils) -> float:
+    return float(np.sqrt((np.abs(coils.images) ** 2).sum(axis=0)).max())
 
 
 def _fetched(site: SiteFolder, wanted: str) -> Path:

@@ -1,7 +1,8 @@
 """Read k-space: fastMRI's HDF5, ISMRMRD, and NumPy files of research data; or make it up from magnitude images.
 
 Whatever is read becomes fully sampled coil images ``(coil, z, y, x)`` with y the phase-encoding direction: what a plan
-leaves out of their k-space, it leaves out itself.
+leaves out of their k-space, it leaves out itself. Where a model predicts, k-space may have gaps, and what was measured is
+told beside the images.
 
 ============================  ===========================================================================================
 HDF5 with ``kspace``          fastMRI (Zbontar et al. 2018, arXiv:1811.08839): complex ``(slice, [coil,] readout, phase)``;
@@ -24,7 +25,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
@@ -85,6 +86,9 @@ class Coils:
     spacing_mm: tuple[float, float, float]
     """Distance between voxel centres along (z, y, x) [mm]; 1.0 where the source does not say."""
 
+    measured: NDArray[np.bool_] | None = None
+    """Which samples of centred k-space were measured, ``(z, y, x)``; None where all were. Images are then zero-filled."""
+
 
 def is_simulated(series: Series) -> bool:
     """Whether the k-space of a series would be made up from magnitudes."""
@@ -131,8 +135,8 @@ def inspect(path: Path, relative: PurePosixPath, secret: bytes, index: Index) ->
     )
 
 
-def read(path: Path, n_coils: int) -> Coils:
-    """Fully sampled coil images of a file, of the plan's number of coils.
+def read(path: Path, n_coils: int, *, with_gaps: bool = False) -> Coils:
+    """Fully sampled coil images of a file, of the plan's number of coils; ``with_gaps``, also what is not fully sampled.
 
     More coils are compressed to the virtual ones with the most signal (Buehrer et al. 2007, doi:10.1002/mrm.21237); several
     are not compressed to one, which could not show what a single coil sees.
@@ -147,12 +151,14 @@ def read(path: Path, n_coils: int) -> Coils:
     else:
         with _opened(path) as file, unusable(Reason.PIXELS):
             coils = _read_fastmri(file) if "kspace" in file else _read_ismrmrd(file)
+    if coils.measured is not None and not with_gaps:
+        raise UnusableError(Reason.UNDERSAMPLED)
     if not np.isfinite(coils.images).all():
         raise UnusableError(Reason.NOT_FINITE)
     have = len(coils.images)
     if have < n_coils or (n_coils == 1 and have > 1):
         raise UnusableError(Reason.COILS)
-    return coils if have == n_coils else Coils(_compressed(coils.images, n_coils), coils.spacing_mm)
+    return coils if have == n_coils else replace(coils, images=_compressed(coils.images, n_coils))
 
 
 def simulated(magnitude: NDArray[np.float32], n_coils: int) -> NDArray[np.complex64]:
@@ -190,7 +196,7 @@ def _read_numpy(path: Path, n_coils: int) -> Coils:
         if kspace.ndim != 3 or not np.iscomplexobj(kspace):
             raise UnusableError(Reason.LAYOUT)
         _check_sizes(*kspace.shape[1:], n_coils=len(kspace))
-        return Coils(_images(kspace[:, None]), (1.0, 1.0, 1.0))
+        return Coils(_images(kspace[:, None]), (1.0, 1.0, 1.0), _measured(kspace[:, None]))
     real, imaginary = _plane(found["re"]), _plane(found["im"])
     if real.shape != imaginary.shape:
         raise UnusableError(Reason.LAYOUT)
@@ -233,13 +239,15 @@ def _check_layout(file: Any) -> None:
 
 def _read_fastmri(file: Any) -> Coils:
     _check_layout(file)
-    if "mask" in file and not np.asarray(file["mask"]).all():
-        raise UnusableError(Reason.UNDERSAMPLED)
     stored = np.asarray(file["kspace"], np.complex64)
     stored = stored[:, None] if stored.ndim == 3 else stored
     header = _header(file)
-    images = _images(stored.transpose(1, 0, 3, 2))  # (slice, coil, readout, phase) to (coil, z, y, x)
-    return Coils(_middle_of(images, header.matrix), _spacing_mm(header))
+    kspace = stored.transpose(1, 0, 3, 2)  # (slice, coil, readout, phase) to (coil, z, y, x)
+    images = _middle_of(_images(kspace), header.matrix)
+    measured = _measured(kspace)
+    if measured is None and "mask" in file and not np.asarray(file["mask"]).all():
+        raise UnusableError(Reason.UNDERSAMPLED)
+    return Coils(images, _spacing_mm(header), _lines_of(measured, images.shape[-1]))
 
 
 def _read_ismrmrd(file: Any) -> Coils:
@@ -264,7 +272,8 @@ def _read_ismrmrd(file: Any) -> Coils:
         y = int(index["kspace_encode_step_1"][i]) - header.centre_line + n_phase // 2
         x = n_readout // 2 - int(heads["center_sample"][i])
         kspace[:, int(index["slice"][i]), y, x : x + samples.shape[1]] = samples
-    return Coils(_middle_of(_images(kspace), header.matrix), _spacing_mm(header))
+    images = _middle_of(_images(kspace), header.matrix)
+    return Coils(images, _spacing_mm(header), _lines_of(_measured(kspace), images.shape[-1]))
 
 
 def _header(file: Any) -> Header:
@@ -330,18 +339,33 @@ def _spacing_mm(header: Header) -> tuple[float, float, float]:
 
 
 def _images(kspace: NDArray[np.complex64]) -> NDArray[np.complex64]:
-    """Coil images of centred k-space ``(coil, z, y, x)``; UnusableError if parts of it were never measured."""
+    """Coil images of centred k-space ``(coil, z, y, x)``."""
+    axes = (-2, -1)
+    centred = np.fft.ifft2(np.fft.ifftshift(kspace, axes=axes), axes=axes, norm="ortho")
+    return np.asarray(np.fft.fftshift(centred, axes=axes), np.complex64)
+
+
+def _measured(kspace: NDArray[np.complex64]) -> NDArray[np.bool_] | None:
+    """Which samples of ``(coil, z, y, x)`` were measured, ``(z, y, x)``; None where each slice has all within its borders.
+
+    UnusableError if a slice has none.
+    """
     is_measured = np.abs(kspace).sum(axis=0) > 0
+    is_whole = True
     for plane in is_measured:
         where = np.argwhere(plane)
         if not len(where):
             raise UnusableError(Reason.UNDERSAMPLED)
         (top, left), (bottom, right) = where.min(axis=0), where.max(axis=0) + 1
-        if plane[top:bottom, left:right].mean() < 1 - LARGEST_GAP:
-            raise UnusableError(Reason.UNDERSAMPLED)
-    axes = (-2, -1)
-    centred = np.fft.ifft2(np.fft.ifftshift(kspace, axes=axes), axes=axes, norm="ortho")
-    return np.asarray(np.fft.fftshift(centred, axes=axes), np.complex64)
+        is_whole &= plane[top:bottom, left:right].mean() >= 1 - LARGEST_GAP
+    return None if is_whole else np.asarray(is_measured, np.bool_)
+
+
+def _lines_of(measured: NDArray[np.bool_] | None, n_readout: int) -> NDArray[np.bool_] | None:
+    """The same for images whose readout was cut: lines along it, each measured where most of it was."""
+    if measured is None or measured.shape[-1] == n_readout:
+        return measured
+    return np.repeat(measured.mean(axis=-1, keepdims=True) > 0.5, n_readout, axis=-1)
 
 
 def _middle_of(images: NDArray[np.complex64], matrix: tuple[int, int] | None) -> NDArray[np.complex64]:
