@@ -549,6 +549,28 @@ def predict(
 
 
 @app.command()
+def echo(site: Site = None, as_json: AsJson = False) -> None:
+    """Ask the hospital's archive, [pacs] in site.toml, whether it lets this site in; nothing is sent or fetched."""
+    from client.archive import greet
+    from client.retrieval import archive_of
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.station)
+    pacs = archive_of(folder)
+    greet(pacs)
+    is_encrypted = pacs.tls or (pacs.dicomweb or "").startswith("https://")
+    how = "over TLS" if is_encrypted else "unencrypted"
+    _show(
+        folder,
+        {"archive": pacs.where, "encrypted": is_encrypted},
+        f"{escape(pacs.where)} lets this site in, {how}.",
+        "retrieve --modality MR --dry-run",
+        as_json,
+    )
+
+
+@app.command()
 def retrieve(
     since: Annotated[str | None, typer.Option("--since", help="Studies from this date on, such as 2024-03-15.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Studies up to this date.")] = None,

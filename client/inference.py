@@ -37,7 +37,8 @@ from client.findings import Findings
 from client.findings_maps import Form
 from client.folder import SiteFolder, cannot
 from client.plans import PIN, Pin
-from client.site import Pacs, SiteConfig
+from client.retrieval import archive_of
+from client.site import SiteConfig
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.registry import look_up
@@ -166,11 +167,12 @@ def predict(
     Raises
     ------
     FederadError
-        C123 if the study does not fit the model, C124 if the folder cannot be written, C126 if the archive does not take
-        what is sent, C163 if it is unclear which release is meant or it has no dropout for ``passes``, M211 to M215 if it
-        is not what the operator signed, M210 or P102 to P104 if this version cannot build it.
+        C123 if the study does not fit the model, C124 if the folder cannot be written, C126 or C129 to C131 if the archive
+        does not take what is sent, C163 if it is unclear which release is meant, it has no dropout for ``passes`` or there
+        is no archive, M211 to M215 if it is not what the operator signed, M210 or P102 to P104 if this version cannot
+        build it.
     """
-    archive = _archive(site) if send else None
+    archive = archive_of(site) if send else None
     model = load(site, wanted)
     writer = _writer(model.plan)
     if passes and model.plan.task.dropout is None:
@@ -200,17 +202,6 @@ def predict(
 
         summary["sent"] = deliver(sorted(to.rglob("*.dcm")), archive)
     return Prediction(to, to / PAGE, summary)
-
-
-def _archive(site: SiteFolder) -> Pacs:
-    pacs = SiteConfig.load(site.station).pacs
-    if pacs is None:
-        raise cannot(
-            "site.toml names no archive.",
-            "Nothing is sent anywhere that this hospital has not named.",
-            'write [pacs] with host = "..." and port, or dicomweb = "https://...", into station/site.toml',
-        )
-    return pacs
 
 
 def load(site: SiteFolder, wanted: str) -> Model:
