@@ -39,8 +39,8 @@ class _NotingSocket(ssl.SSLSocket):
     def do_handshake(self, *arguments: Any) -> None:
         try:
             super().do_handshake(*arguments)
-        except ssl.SSLError as error:
-            self._note(error)
+        except OSError as error:  # the connection stands, so whatever this is, it is no TLS
+            self._note(error if isinstance(error, ssl.SSLError) else ssl.SSLError("no handshake"))
             raise
 
     def recv(self, *arguments: Any) -> bytes:
@@ -198,10 +198,10 @@ def refused(pacs: Pacs, error: BaseException | None) -> FederadError | None:
         if isinstance(one, ssl.SSLCertVerificationError):
             return _not_trusted(f"{where} shows a certificate that is not accepted: {one.verify_message}")
         if isinstance(one, ssl.SSLError):
-            reason = (one.reason or "").lower().replace("_", " ")
+            reason = (getattr(one, "reason", None) or str(one)).lower().replace("_", " ")
             if "alert" in reason:
                 return _not_let_in(f"{where} did not accept how this site shows who it is ({reason})")
-            return _not_trusted(f"{where} does not speak TLS as it should ({reason or type(one).__name__})")
+            return _not_trusted(f"{where} does not speak TLS as it should ({reason})")
         status = getattr(getattr(one, "response", None), "status_code", None)
         if status in REFUSED_HERE:
             return _not_let_in(f"{where} answered {status} to this site")
