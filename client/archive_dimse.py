@@ -221,6 +221,8 @@ class DimseArchive:
 
     @contextmanager
     def _association(self, contexts: list[Any], timeout_s: float, roles: list[Any] | None = None) -> Iterator[Any]:
+        if self._tls is not None:
+            self._tls.failure = None
         association = self._entity(timeout_s).associate(
             str(self._pacs.host),
             self._pacs.port,

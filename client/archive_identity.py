@@ -47,7 +47,8 @@ class _NotingSocket(ssl.SSLSocket):
         try:
             return super().recv(*arguments)
         except ssl.SSLError as error:
-            self._note(error)
+            if "ALERT" in (error.reason or ""):  # in TLS 1.3 a certificate is refused only here
+                self._note(error)
             raise
 
     def _note(self, error: ssl.SSLError) -> None:
@@ -145,7 +146,8 @@ def web_session(pacs: Pacs) -> Any:
     calling(pacs)  # every file is there and fits
     session = create_session()
     session.trust_env = False
-    session.verify = pacs.ca_file or True
+    known = ssl.get_default_verify_paths()
+    session.verify = pacs.ca_file or known.cafile or known.capath or True
     if pacs.certificate is not None and pacs.key is not None:
         session.cert = (pacs.certificate, pacs.key)
     if pacs.token_file is not None:

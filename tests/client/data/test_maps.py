@@ -67,14 +67,12 @@ def by_position(path: Path) -> dict[tuple[float, ...], np.ndarray]:
 
 
 class TestParametricMap:
-    @pytest.mark.parametrize("orientation", [None, OBLIQUE], ids=["axial", "oblique"])
-    def test_map_reads_back_voxel_for_voxel(self, site, write_series, tmp_path, orientation):
+    def test_map_reads_back_voxel_for_voxel(self, site, write_series, tmp_path):
         """
         The same floats as in the NIfTI file of the same prediction, each on the image where it belongs, in pydicom, in
         highdicom and in dcmqi.
         """
-        options = {"orientation": orientation} if orientation else {}
-        series = write_series(tmp_path / "study", values(), origin=(-12.0, 7.0, 30.5), shuffle=3, **options)
+        series = write_series(tmp_path / "study", values(), origin=(-12.0, 7.0, 30.5), shuffle=3, orientation=OBLIQUE)
 
         made = predict(
             site, publish(site.releases, KEY, three_labels()).sha256, series.folder, tmp_path / "o", maps="both"
@@ -97,7 +95,7 @@ class TestParametricMap:
     def test_map_says_what_it_is_and_whose(self, site, write_series, tmp_path):
         """
         Patient, study, frame of reference, every image, what a value means, that it has no unit, and that it is for
-        research; each map is a series of its own.
+        research; each map is a series of its own, in which dciodvfy of dicom3tools, where it is installed, finds no error.
         """
         series = write_series(tmp_path / "study", values(), shuffle=1, BodyPartExamined="BRAIN")
 
@@ -124,22 +122,13 @@ class TestParametricMap:
             assert anatomy.AnatomicRegionSequence[0].CodeMeaning == "Brain"
             assert one.ContentQualification == "RESEARCH"
             assert "not for clinical use" in one.SeriesDescription
-
-    def test_validator_finds_no_error(self, site, write_series, tmp_path):
-        """
-        dciodvfy of dicom3tools, where it is installed, has none but what it has of the images themselves.
-        """
         validator = shutil.which("dciodvfy")
-        if validator is None:
-            pytest.skip("dciodvfy is not installed: apt-get install dicom3tools")
-        series = write_series(tmp_path / "study", values((2, 20, 24)))
-
-        made = predict(site, publish(site.releases, KEY).sha256, series.folder, tmp_path / "o", maps="dicom")
-
-        said = subprocess.run([validator, made.folder / "uncertainty.dcm"], capture_output=True, text=True, check=False)
-        assert "ParametricMap" in said.stderr
-        wrong = [line for line in said.stderr.splitlines() if line.startswith("Error")]
-        assert not [line for line in wrong if "<Laterality>" not in line]  # which the images should have said
+        if validator is not None:
+            file = made.folder / "uncertainty.dcm"
+            said = subprocess.run([validator, file], capture_output=True, text=True, check=False).stderr
+            assert "ParametricMap" in said
+            wrong = [line for line in said.splitlines() if line.startswith("Error")]
+            assert not [line for line in wrong if "<Laterality>" not in line]  # which the images should have said
 
     def test_research_images_keep_their_own_kind_of_map(self, site, write_nifti, tmp_path):
         """
@@ -178,7 +167,7 @@ class TestPasses:
 
         plain, first, second = (
             predict(site, sha256, series.folder, tmp_path / name, passes=passes).folder
-            for name, passes in (("plain", 0), ("first", 5), ("second", 5))
+            for name, passes in (("plain", 0), ("first", 3), ("second", 3))
         )
 
         same, other = "probability-lesion.nii.gz", "uncertainty.nii.gz"
@@ -188,7 +177,7 @@ class TestPasses:
         apart = nifti(first / "disagreement.nii.gz")
         assert 0 < apart.max() <= 1
         assert not (plain / "disagreement.nii.gz").exists()
-        assert "5 passes with dropout" in (first / "report.html").read_text()
+        assert "3 passes with dropout" in (first / "report.html").read_text()
 
     def test_classification_says_how_far_passes_disagree(self, site, write_series, tmp_path):
         """
