@@ -76,8 +76,8 @@ def _measure(
     found.measures = [{"label": label, "acceleration": acceleration} for label in ("reconstruction", "zero-filled")]
     if case.volume.measured is None:
         scores = task.measure(images, case.volume)
-        found.measures[0] |= {"psnr": scores["psnr"], "ssim": scores["ssim"], "nmse": scores["nmse"]}
-        found.measures[1] |= {"psnr": scores["zero_filled_psnr"], "ssim": scores["zero_filled_ssim"], "nmse": None}
+        found.measures[0] |= {"psnr": scores["psnr"], "ssim": scores["ssim"]}
+        found.measures[1] |= {"psnr": scores["zero_filled_psnr"], "ssim": scores["zero_filled_ssim"]}
 
 
 def _tell(case: Case, masks: NDArray[np.bool_], acceleration: float, found: Findings) -> None:

@@ -26,7 +26,6 @@ COLUMNS = {
     "acceleration": "acceleration",
     "psnr": "PSNR [dB]",
     "ssim": "SSIM",
-    "nmse": "NMSE",
 }
 """Measures that the page shows, with their heading."""
 
