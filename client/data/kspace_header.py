@@ -4,6 +4,8 @@ ISMRMRD's header (Inati et al. 2017, doi:10.1002/mrm.26089; fastMRI has one too)
 slices lie is said by the lines of an ISMRMRD file alone: the middle of the field of view and the directions of readout,
 phase encoding and slices in DICOM's LPS axes. Pixels grow along readout and phase encoding, and the middle of the field of
 view lies on the centre of pixel n // 2, where the Fourier transform has it.
+
+:func:`told` opens the file and runs in the child process of ``reader``; :func:`acquired` asks it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom import Dataset
 
+from client.data import reader
 from client.data.skips import Reason, UnusableError, unusable
 
 LARGEST_HEADER = 1 << 20
@@ -75,17 +78,61 @@ def acquired(path: Path, shape: tuple[int, int, int]) -> Acquired:
     """
     if path.suffix.lower() == ".npz":
         return Acquired()
+    said = reader.ask("k-space origin", path, shape=list(shape)).facts
+    with unusable(Reason.DAMAGED):
+        header = Dataset()
+        for keyword, value in said["header"].items():
+            if keyword not in KEYWORDS:
+                raise UnusableError(Reason.DAMAGED)
+            setattr(header, keyword, str(value)[:LONGEST])
+        pixel_mm = None if said["pixel_mm"] is None else (float(said["pixel_mm"][0]), float(said["pixel_mm"][1]))
+        place = None
+        if said["corners"] is not None and len(said["corners"]) == shape[0]:
+            corners = tuple((float(x), float(y), float(z)) for x, y, z in said["corners"])
+            place = Place(tuple(float(cosine) for cosine in said["orientation"]), corners)
+        return Acquired(header, pixel_mm, said["thickness_mm"] and float(said["thickness_mm"]), place)
+
+
+def told(path: Path, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """What :func:`acquired` needs, as JSON has it.
+
+    Parameters
+    ----------
+    path
+        A file of HDF5.
+    shape
+        As there.
+
+    Returns
+    -------
+    dict
+        ``header``, values by keyword; ``pixel_mm``, ``thickness_mm``, ``orientation`` and ``corners``, None where unknown.
+
+    Raises
+    ------
+    UnusableError
+        If the header is damaged, or a part of the file lies elsewhere.
+    """
     import h5py
 
     with unusable(Reason.DAMAGED), h5py.File(path, "r") as file:
+        for name in ("ismrmrd_header", "dataset", "dataset/xml", "dataset/data"):
+            if name in file and not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise UnusableError(Reason.DAMAGED)
         root = _xml(file)
-        header = Dataset() if root is None else _stated(root)
+        header = {} if root is None else _stated(root)
         patient = file.attrs.get("patient_id")
         if patient is not None:
-            header.PatientID = _text(str(patient))
+            header["PatientID"] = _text(str(patient))
         pixel_mm, thickness_mm = (None, None) if root is None else _sizes(root, shape)
         place = _place(file, shape, pixel_mm) if pixel_mm is not None else None
-    return Acquired(header, pixel_mm, thickness_mm, place)
+    return {
+        "header": header,
+        "pixel_mm": pixel_mm,
+        "thickness_mm": thickness_mm,
+        "orientation": None if place is None else place.orientation,
+        "corners": None if place is None else place.corners,
+    }
 
 
 def _xml(file: Any) -> ElementTree.Element | None:
@@ -166,8 +213,11 @@ _STATED: dict[str, tuple[str, Callable[[str], str]]] = {
 """Elements of the header, the DICOM attribute that says the same, and how its value is written; times in ms in both."""
 
 
-def _stated(root: ElementTree.Element) -> Dataset:
-    header = Dataset()
+KEYWORDS = frozenset({keyword for keyword, _ in _STATED.values()} | {"ImagingFrequency", "ImagedNucleus"})
+
+
+def _stated(root: ElementTree.Element) -> dict[str, str]:
+    header: dict[str, str] = {}
     for path, (keyword, written) in _STATED.items():
         found = root.find(path, _NAMESPACE)
         if found is None or not (found.text or "").strip():
@@ -177,11 +227,10 @@ def _stated(root: ElementTree.Element) -> Dataset:
         except ValueError:
             continue
         if value:
-            setattr(header, keyword, value)
-    frequency = root.find("experimentalConditions/H1resonanceFrequency_Hz", _NAMESPACE)
-    if frequency is not None and (frequency.text or "").strip().isdigit():
-        header.ImagingFrequency = _number(str(int(str(frequency.text)) / 1e6))
-        header.ImagedNucleus = "1H"
+            header[keyword] = value
+    frequency = root.findtext("experimentalConditions/H1resonanceFrequency_Hz", "", _NAMESPACE).strip()
+    if frequency.isdigit():
+        header |= {"ImagingFrequency": _number(str(int(frequency) / 1e6)), "ImagedNucleus": "1H"}
     return header
 
 

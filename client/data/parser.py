@@ -91,6 +91,12 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         whole(images.picture_values(Path(path), colour=colour))
         return {}
 
+    def kspace_origin(path: str, shape: list[int]) -> dict[str, Any]:
+        from client.data import kspace_header
+
+        n_slices, n_rows, n_columns = shape
+        return kspace_header.told(Path(path), (n_slices, n_rows, n_columns))
+
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
@@ -104,6 +110,7 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "nifti": nifti,
         "picture header": picture_header,
         "picture": picture,
+        "k-space origin": kspace_origin,
     }
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pydicom
@@ -17,6 +18,8 @@ from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
 from releases import CONSORTIUM, plan_of, publish
 
 from client.data import dicom
+from client.data.kspace_header import acquired
+from client.data.skips import Reason, UnusableError
 from client.folder import SiteFolder
 from client.inference import predict
 from client.plans import Plans
@@ -227,6 +230,19 @@ class TestPlace:
         notes = " ".join(made.summary["notes"])
         assert "does not say where its slices lie" in notes
         assert ("of which patient" in notes) == (layout == "numbers")
+
+    def test_header_that_lies_elsewhere_is_refused(self, tmp_path):
+        """
+        A link out of the file leads nowhere, whatever it names.
+        """
+        other = ismrmrd_file(tmp_path / "a" / "other.h5", some_kspace())
+        with h5py.File(tmp_path / "link.h5", "w") as file:
+            file["dataset"] = h5py.ExternalLink(str(other), "/dataset")
+
+        with pytest.raises(UnusableError, match=Reason.DAMAGED.value):
+            acquired(tmp_path / "link.h5", (3, N_Y, N_X))
+
+        assert acquired(other, (3, N_Y, N_X)).place is not None
 
 
 class TestValues:
