@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
+from client.archive_identity import refused, web_client, web_session
 from client.site import Pacs
 from shared_models.errors import FederadError
 
@@ -108,6 +109,9 @@ class Found:
 class Archive(Protocol):
     """An archive that can be asked."""
 
+    def greet(self) -> None:
+        """Ask whether it lets this site in; C118 or C129 to C131 if not."""
+
     def studies(self, query: Query) -> Iterator[Found]:
         """Studies that the archive finds; C118 if it cannot be asked."""
 
@@ -133,7 +137,7 @@ def opened(pacs: Pacs, most_bytes: Callable[[], int]) -> Iterator[Archive]:
     Raises
     ------
     FederadError
-        C118 or C122 if that cannot be.
+        C118, C122 or C129 if that cannot be.
     """
     if pacs.dicomweb is None:
         from client.archive_dimse import DimseArchive
@@ -141,7 +145,19 @@ def opened(pacs: Pacs, most_bytes: Callable[[], int]) -> Iterator[Archive]:
         with DimseArchive(pacs, most_bytes) as archive:
             yield archive
     else:
-        yield WebArchive(pacs.dicomweb)
+        yield WebArchive(pacs)
+
+
+def greet(pacs: Pacs) -> None:
+    """Ask the archive whether it lets this site in: C-ECHO (PS3.4, annex A), or a search for one study.
+
+    Raises
+    ------
+    FederadError
+        C118 if it does not answer, C129 to C131 if either side does not believe who the other is.
+    """
+    with opened(pacs.model_copy(update={"listen_port": None}), lambda: 0) as archive:
+        archive.greet()
 
 
 def not_asked(why: str) -> FederadError:
@@ -161,14 +177,21 @@ def not_asked(why: str) -> FederadError:
 class WebArchive:
     """An archive with DICOMweb."""
 
-    def __init__(self, address: str) -> None:
-        from dicomweb_client.api import DICOMwebClient
-        from dicomweb_client.session_utils import create_session
+    def __init__(self, pacs: Pacs) -> None:
+        self._pacs = pacs
+        self._address = str(pacs.dicomweb).rstrip("/")
+        self._session = web_session(pacs)
+        self._client = web_client(pacs, self._session)
 
-        self._address = address.rstrip("/")
-        self._session = create_session()
-        self._client = DICOMwebClient(url=self._address, session=self._session)
-        self._client.set_http_retry_params(retry=False)
+    def greet(self) -> None:
+        """One search for one study."""
+        try:
+            self._client.search_for_studies(limit=1)
+        except Exception as error:
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: BaseException) -> FederadError:
+        return refused(self._pacs, error) or not_asked(f"{self._address} did not answer the search as DICOMweb says")
 
     def studies(self, query: Query) -> Iterator[Found]:
         """Studies found with QIDO-RS."""
@@ -176,8 +199,8 @@ class WebArchive:
             filters = {keyword: value for keyword, value in keys.items() if value}
             try:
                 answers = self._all(self._client.search_for_studies, filters=filters, fields=list(keys))
-            except FetchError:
-                raise not_asked(f"{self._address} did not answer the search as DICOMweb says") from None
+            except FetchError as error:
+                raise self._no_answer(error) from None
             for one in answers:
                 yield Found(
                     _web_value(one, "StudyInstanceUID"), {keyword: _web_values(one, keyword) for keyword in keys}

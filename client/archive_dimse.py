@@ -13,6 +13,7 @@ from pynetdicom.sop_class import (
     StudyRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelGet,
     StudyRootQueryRetrieveInformationModelMove,
+    Verification,
 )
 
 from client.archive import (
@@ -29,6 +30,7 @@ from client.archive import (
     batches,
     not_asked,
 )
+from client.archive_identity import calling, listening, refused
 from client.site import Pacs
 from shared_models.errors import FederadError
 
@@ -64,7 +66,8 @@ class DimseArchive:
     def __init__(self, pacs: Pacs, most_bytes: Callable[[], int]) -> None:
         self._pacs = pacs
         self._most_bytes = most_bytes
-        self._where = f"{pacs.ae_title} at {pacs.host}:{pacs.port}"
+        self._where = pacs.where
+        self._tls = calling(pacs) if pacs.tls else None
         self._take: Take | None = None
         self._failure: FetchError | None = None
         self._received: dict[int, int] = {}
@@ -81,7 +84,10 @@ class DimseArchive:
         ]
         try:
             self._listener = entity.start_server(
-                ("", self._pacs.listen_port), block=False, evt_handlers=self._handlers()
+                ("", self._pacs.listen_port),
+                block=False,
+                ssl_context=listening(self._pacs),
+                evt_handlers=self._handlers(),
             )
         except OSError as error:
             raise FederadError(
@@ -99,6 +105,20 @@ class DimseArchive:
         if self._listener is not None:
             self._listener.shutdown()
 
+    def greet(self) -> None:
+        """C-ECHO."""
+        try:
+            with self._association([build_context(Verification)], TIMEOUT_S) as association:
+                if association.send_c_echo().get("Status") != 0:
+                    raise FetchError(Failure.REFUSED)
+        except FetchError as error:
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: FetchError) -> FederadError:
+        away = error.why is Failure.UNREACHED
+        refusal = f"refused {self._pacs.calling_ae_title} or what it asked"
+        return not_asked(f"{self._where} {'cannot be reached or did not answer' if away else refusal}")
+
     def studies(self, query: Query) -> Iterator[Found]:
         """Studies found with C-FIND."""
         try:
@@ -108,13 +128,7 @@ class DimseArchive:
                         said = {keyword: _values(one, keyword) for keyword in keys}
                         yield Found(_value(one, "StudyInstanceUID"), said)
         except FetchError as error:
-            away = error.why is Failure.UNREACHED
-            why = (
-                "cannot be reached or did not answer"
-                if away
-                else f"refused {self._pacs.calling_ae_title} or its search"
-            )
-            raise not_asked(f"{self._where} {why}") from None
+            raise self._no_answer(error) from None
 
     def series(self, study: str) -> dict[str, str]:
         """Series found with C-FIND."""
@@ -207,6 +221,8 @@ class DimseArchive:
 
     @contextmanager
     def _association(self, contexts: list[Any], timeout_s: float, roles: list[Any] | None = None) -> Iterator[Any]:
+        if self._tls is not None:
+            self._tls.failure = None
         association = self._entity(timeout_s).associate(
             str(self._pacs.host),
             self._pacs.port,
@@ -214,8 +230,11 @@ class DimseArchive:
             ae_title=self._pacs.ae_title,
             ext_neg=roles,
             evt_handlers=self._handlers() if roles else None,
+            tls_args=(self._tls, str(self._pacs.host)) if self._tls is not None else None,
         )
         if not association.is_established:
+            if self._tls is not None and (trouble := refused(self._pacs, self._tls.failure)):
+                raise trouble
             raise FetchError(Failure.REFUSED if association.is_rejected else Failure.UNREACHED)
         try:
             yield association

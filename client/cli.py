@@ -25,7 +25,7 @@ from collections.abc import Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from datetime import timedelta  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Annotated, Any  # noqa: E402
+from typing import Annotated, Any, Literal  # noqa: E402
 
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -510,6 +510,16 @@ def predict(
     send: Annotated[
         bool, typer.Option("--send", help="Also send the DICOM objects to the archive in site.toml.")
     ] = False,
+    maps: Annotated[
+        Literal["nifti", "dicom", "both"],
+        typer.Option("--maps", help="Write maps as NIfTI, as DICOM parametric maps, or both."),
+    ] = "nifti",
+    passes: Annotated[
+        int,
+        typer.Option(
+            "--passes", min=0, max=100, help="Read uncertainty off this many passes with dropout, such as 20."
+        ),
+    ] = 0,
     site: Site = None,
     as_json: AsJson = False,
 ) -> None:
@@ -521,13 +531,43 @@ def predict(
     become_owner(folder.station)
     with _bar("predicting", as_json) as told:
         made = predict_study(
-            folder, release, study.absolute(), to.absolute(), deidentified=deidentified, send=send, on_progress=told
+            folder,
+            release,
+            study.absolute(),
+            to.absolute(),
+            deidentified=deidentified,
+            send=send,
+            maps=maps,
+            passes=passes,
+            on_progress=told,
         )
     text = f"{escape(str(made.page))} shows what was found. Not for clinical use."
     if "sent" in made.summary:
         text += f" {made.summary['sent']} objects are in the archive."
     result = {**made.summary, "folder": str(made.folder), "page": str(made.page)}
     _show(folder, result, text, "releases", as_json)
+
+
+@app.command()
+def echo(site: Site = None, as_json: AsJson = False) -> None:
+    """Ask the hospital's archive, [pacs] in site.toml, whether it lets this site in; nothing is sent or fetched."""
+    from client.archive import greet
+    from client.retrieval import archive_of
+
+    folder = SiteFolder.find(site)
+    folder.require()
+    become_owner(folder.station)
+    pacs = archive_of(folder)
+    greet(pacs)
+    is_encrypted = pacs.tls or (pacs.dicomweb or "").startswith("https://")
+    how = "over TLS" if is_encrypted else "unencrypted"
+    _show(
+        folder,
+        {"archive": pacs.where, "encrypted": is_encrypted},
+        f"{escape(pacs.where)} lets this site in, {how}.",
+        "retrieve --modality MR --dry-run",
+        as_json,
+    )
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydicom import Dataset, dcmread
 
+from client.archive_identity import calling, refused, web_client, web_session
 from client.site import Pacs
 from shared_models.errors import FederadError
 
@@ -31,11 +32,12 @@ def deliver(files: Sequence[Path], pacs: Pacs) -> int:
     Raises
     ------
     FederadError
-        C126 if the archive cannot be reached or has not taken one of them.
+        C126 if the archive cannot be reached or has not taken one of them, C129 to C131 if either side does not believe who
+        the other is.
     """
     objects = [dcmread(file) for file in files]
     if pacs.dicomweb is not None:
-        _stow(objects, pacs.dicomweb)
+        _stow(objects, pacs)
     elif objects:
         _store(objects, pacs)
     return len(objects)
@@ -49,10 +51,19 @@ def _store(objects: Sequence[Dataset], pacs: Pacs) -> None:
     entity.acse_timeout = entity.dimse_timeout = entity.network_timeout = entity.connection_timeout = TIMEOUT_S
     kinds = sorted({(str(one.SOPClassUID), str(one.file_meta.TransferSyntaxUID)) for one in objects})
     contexts = [build_context(sop_class, syntax) for sop_class, syntax in kinds]
-    association = entity.associate(pacs.host, pacs.port, contexts, ae_title=pacs.ae_title)
-    where = f"{pacs.ae_title} at {pacs.host}:{pacs.port}"
+    tls = calling(pacs) if pacs.tls else None
+    association = entity.associate(
+        str(pacs.host),
+        pacs.port,
+        contexts,
+        ae_title=pacs.ae_title,
+        tls_args=(tls, str(pacs.host)) if tls is not None else None,
+    )
+    where = pacs.where
     kinds_refused = [str(one.abstract_syntax.name) for one in association.rejected_contexts if one.abstract_syntax]
     if not association.is_established:
+        if tls is not None and (trouble := refused(pacs, tls.failure)):
+            raise trouble
         if association.is_rejected:
             raise _not_sent(f"{where} refused to talk to {pacs.calling_ae_title}")
         if kinds_refused:
@@ -70,18 +81,16 @@ def _store(objects: Sequence[Dataset], pacs: Pacs) -> None:
         association.release()
 
 
-def _stow(objects: Sequence[Dataset], address: str) -> None:
-    from dicomweb_client.api import DICOMwebClient
-
+def _stow(objects: Sequence[Dataset], pacs: Pacs) -> None:
+    client = web_client(pacs, web_session(pacs))
     try:
-        client = DICOMwebClient(url=address)
-        client.set_http_retry_params(retry=False)
         answer: Any = client.store_instances(list(objects))
     except Exception as error:  # whatever HTTP, TLS or the answer's form went wrong with
-        raise _not_sent(f"{address} did not take the objects ({type(error).__name__})") from None
+        said = refused(pacs, error) or _not_sent(f"{pacs.where} did not take the objects ({type(error).__name__})")
+        raise said from None
     failed = len(answer.get("FailedSOPSequence") or [])
     if failed:
-        raise _not_sent(f"{address} did not take {failed} of {len(objects)} objects")
+        raise _not_sent(f"{pacs.where} did not take {failed} of {len(objects)} objects")
 
 
 def _not_sent(why: str) -> FederadError:

@@ -1,6 +1,7 @@
-"""Predictions as DICOM objects that refer to the images they were made from: segmentations and structured reports.
+"""Predictions as DICOM objects that refer to the images they were made from: segmentations, maps and structured reports.
 
-Segmentation IOD (DICOM PS3.3, A.51) and measurement reports (PS3.16, TID 1500), written by highdicom. Labels are
+Segmentation IOD (DICOM PS3.3, A.51), Parametric Map IOD (A.75) and measurement reports (PS3.16, TID 1500), written by
+highdicom. Labels are
 coded with SNOMED CT where this table or the code dictionary knows them, else with a code of our own.
 """
 
@@ -129,10 +130,65 @@ def segmentation(case: Case, labels: NDArray[np.uint8]) -> tuple[Dataset, list[s
         content_label="FEDERAD",
         content_description=PURPOSE,
         omit_empty_frames=bool(labels.any()),
-        **_equipment(case),
+        **equipment(case),
     )
-    written.SeriesDescription = _series_description(case)
+    written.SeriesDescription = series_description(case)
     return written, uncoded
+
+
+def parametric_map(
+    case: Case, name: str, values: NDArray[np.float32], meaning: str, limits: tuple[float, float]
+) -> Dataset:
+    """A map of floats on the case's series; an object and a series of its own, since viewers open one of a series.
+
+    Parameters
+    ----------
+    name
+        Short, such as ``probability-lesion`` or ``uncertainty``.
+    values
+        ``(slice, row, column)`` on the scan's grid, float32, without a unit; stored as they are.
+    meaning
+        What a value says, for people.
+    limits
+        The least and the largest value that there may be; between them lie the window and the mapping to real values.
+    """
+    import highdicom
+
+    is_probability = name.startswith("probability-")
+    quantity = codes.DCM.FractionalProbabilisticSegmentation if is_probability else Code(name, OWN_SCHEME, name[:64])
+    mapping = highdicom.pm.RealWorldValueMapping(
+        lut_label=name[:16],
+        lut_explanation=meaning[:64],
+        unit=codes.UCUM.NoUnits,
+        value_range=limits,
+        slope=1.0,
+        intercept=0.0,
+        quantity_definition=quantity,
+    )
+    low, high = limits
+    window = highdicom.VOILUTTransformation(window_center=(low + high) / 2, window_width=max(high - low, 1e-6))
+    in_frames = np.empty_like(values)
+    in_frames[list(case.frames)] = values
+    written: Dataset = highdicom.pm.ParametricMap(
+        source_images=_sources(case),
+        pixel_array=in_frames,
+        series_number=9003,
+        contains_recognizable_visual_features=False,
+        real_world_value_mappings=[mapping],
+        voi_lut_transformations=[window],
+        content_label="FEDERAD",
+        content_description=meaning[:64],
+        **equipment(case),
+    )
+    _turn_round(written)
+    anatomy = Dataset()
+    anatomy.AnatomicRegionSequence = [_region(case.sources[0])]
+    anatomy.FrameLaterality = "U"
+    shared = written.SharedFunctionalGroupsSequence[0]
+    shared.FrameAnatomySequence = [anatomy]  # optional, but readers built on dcmqi crash without it
+    written.ContentCreatorName = ""
+    written.SeriesDescription = f"{MAKER} {name}"[: 64 - len(PURPOSE) - 2] + f": {PURPOSE}"
+    return written
 
 
 def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Dataset:
@@ -200,19 +256,19 @@ def _report(case: Case, measurements: Sequence[Any], evaluations: Sequence[Any] 
         title=codes.DCM.ImagingMeasurementReport,
         referenced_images=sources,
     )
-    equipment = _equipment(case)
+    made = equipment(case)
     written: Dataset = sr.ComprehensiveSR(
         evidence=sources,
         content=report[0],
         series_number=9002,
-        series_instance_uid=equipment["series_instance_uid"],
-        sop_instance_uid=equipment["sop_instance_uid"],
+        series_instance_uid=made["series_instance_uid"],
+        sop_instance_uid=made["sop_instance_uid"],
         instance_number=1,
         manufacturer=MAKER,
         is_complete=True,
         is_final=False,
     )
-    written.SeriesDescription = _series_description(case)
+    written.SeriesDescription = series_description(case)
     return written
 
 
@@ -228,6 +284,30 @@ def _sources(case: Case) -> list[Dataset]:
     return list(case.sources)
 
 
+def _turn_round(written: Dataset) -> None:
+    """Frames from the last to the first: highdicom begins at the far end of the normal, while readers built on dcmqi, 3D
+    Slicer's among them, take the order of frames for that along the normal, and show the map mirrored otherwise."""
+    groups = list(reversed(written.PerFrameFunctionalGroupsSequence))
+    for number, group in enumerate(groups, start=1):
+        group.FrameContentSequence[0].DimensionIndexValues = number
+    written.PerFrameFunctionalGroupsSequence = groups
+    frames = np.frombuffer(written.FloatPixelData, "<f4").reshape(len(groups), -1)
+    written.FloatPixelData = frames[::-1].tobytes()
+
+
+def _region(source: Dataset) -> Dataset:
+    """The part of the body that the images say they show, as a coded item; the entire body where they do not say it."""
+    from highdicom.sr import CodedConcept
+
+    if given := source.get("AnatomicRegionSequence"):
+        stated: Dataset = given[0]
+        return stated
+    name = str(source.get("BodyPartExamined") or "")
+    known = {keyword.upper(): getattr(codes.cid4030, keyword) for keyword in codes.cid4030.dir()}
+    region: Dataset = CodedConcept.from_code(known.get(name, codes.SCT.EntireBody))
+    return region
+
+
 def _algorithm(case: Case) -> Any:
     import highdicom
 
@@ -239,7 +319,8 @@ def _algorithm(case: Case) -> Any:
     )
 
 
-def _equipment(case: Case) -> dict[str, Any]:
+def equipment(case: Case) -> dict[str, Any]:
+    """UIDs of a new object in a series of its own, and what made it, as highdicom's arguments."""
     return {
         "series_instance_uid": generate_uid(),
         "sop_instance_uid": generate_uid(),
@@ -251,7 +332,8 @@ def _equipment(case: Case) -> dict[str, Any]:
     }
 
 
-def _series_description(case: Case) -> str:
+def series_description(case: Case) -> str:
+    """Names the plan, and says what the series is not for."""
     return f"{MAKER} {case.model.plan.name}"[: 64 - len(PURPOSE) - 2] + f": {PURPOSE}"
 
 

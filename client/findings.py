@@ -39,6 +39,8 @@ class Shown:
     """PNG as a data URI."""
 
     caption: str
+    is_map: bool = False
+    """Whether it is covered by a map from 0 to 1, whose colours the page then explains."""
 
 
 @dataclass
@@ -53,6 +55,9 @@ class Findings:
     """Rows of the table, all with the same keys; the first is a name."""
 
     pictures: list[Shown] = field(default_factory=list)
+    pictures_in_a_row: int | None = None
+    """How many belong beside each other; None for as many as fit."""
+
     notes: list[str] = field(default_factory=list)
     """What a reader has to know of this prediction, in sentences."""
 
@@ -155,6 +160,17 @@ def heated(scan: Scan, heat: NDArray[np.float32], k: int) -> str:
     colour = np.concatenate([np.ones_like(hot), 0.85 * (1 - hot), np.zeros_like(hot)], axis=-1)
     blended = (1 - HEAT_SHARE * hot) * image + HEAT_SHARE * hot * colour
     return _uri(_image(blended).resize((wide, tall), Image.Resampling.BICUBIC))
+
+
+def beside(plane: NDArray[np.float32], brightest: float, scan: Scan, spacing_mm: tuple[float, float, float]) -> str:
+    """A plane ``(y, x)`` in greys from 0 to ``brightest``, as a data URI: for pictures that are to be compared."""
+    stretch = spacing_mm[1] / spacing_mm[2]
+    if scan.affine is not None:
+        column_mm, row_mm = np.linalg.norm(scan.affine[:3, :2], axis=0)
+        stretch = float(row_mm / column_mm)
+    tall, wide = _size(plane.shape, stretch)
+    grey = _image(np.asarray(plane, np.float64) / max(brightest, 1e-30))
+    return _uri(grey.resize((wide, tall), Image.Resampling.BICUBIC))
 
 
 def save_nifti(path: Path, values: NDArray[Any], scan: Scan) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from client.data.preprocessing import on_scan_grid
-from client.findings import Findings, Shown, file_name, heated, save_nifti, slices_to_show
+from client.findings import Findings, Shown, file_name, heated, slices_to_show
+from client.findings_maps import limits_of, write_map
 from shared_models.tasks.quantification import AFFECTED, Quantification
 
 if TYPE_CHECKING:
@@ -31,13 +32,13 @@ def write(case: Case, folder: Path, on_progress: OnProgress) -> Findings:
     found.notes.append(
         "The number is learned from numbers alone; nobody has drawn what makes it up, and the map is no outline."
     )
-    file = f"evidence-{file_name(name)}.nii.gz"
-    save_nifti(folder / file, heat, scan)
-    found.files[file] = f"what each voxel says for {name} against the background [logits]"
+    meaning = f"what each voxel says for {name} against the background [logits]"
+    write_map(case, folder, found, f"evidence-{file_name(name)}", heat, meaning, limits_of(heat))
     relative = np.clip(heat / max(float(heat.max()), 1e-6), 0, 1)
     slices = slices_to_show(relative.reshape(len(relative), -1).max(axis=1))
     found.pictures = [
-        Shown(heated(scan, relative, k), f"slice {k + 1} of {len(heat)}: what speaks for {name} (red)") for k in slices
+        Shown(heated(scan, relative, k), f"slice {k + 1} of {len(heat)}: what speaks for {name}", is_map=True)
+        for k in slices
     ]
     if case.sources:
         from client.dicom_results import number_report

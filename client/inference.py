@@ -12,9 +12,9 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,22 +24,27 @@ from numpy.typing import NDArray
 
 from client.data import images
 from client.data.catalogue import Catalogue
-from client.data.cohort import image_series, read_scan
+from client.data.cohort import image_series, read_coils, read_scan
 from client.data.deidentify import Deidentifier, Handled
-from client.data.preprocessing import one_thread, prepare
-from client.data.records import Kind, Study
+from client.data.kspace import Coils, is_simulated
+from client.data.kspace_header import Acquired, acquired
+from client.data.preprocessing import coil_volume, one_thread, prepare
+from client.data.records import Kind, Series, Study
 from client.data.scan import Scan
 from client.data.skips import UnusableError
 from client.data.zips import open_file
 from client.findings import Findings
+from client.findings_maps import Form
 from client.folder import SiteFolder, cannot
 from client.plans import PIN, Pin
-from client.site import Pacs, SiteConfig
+from client.retrieval import archive_of
+from client.site import SiteConfig
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.registry import look_up
 from shared_models.release import Card, Release, verify_folder
 from shared_models.signing import load_public
+from shared_models.tasks import OF_KSPACE
 from shared_models.volume import Volume
 
 if TYPE_CHECKING:
@@ -50,6 +55,7 @@ WRITERS = {
     "segmentation": "client.findings_segmentation:write",
     "classification": "client.findings_classification:write",
     "quantification": "client.findings_quantification:write",
+    "reconstruction": "client.findings_reconstruction:write",
 }
 """For each kind of task what makes files, measures and pictures of a prediction: ``write(case, folder, on_progress)``."""
 
@@ -98,6 +104,20 @@ class Case:
     """For each slice of the scan its place among the frames of all sources, from 0."""
 
     kind: Kind
+    maps: Form = "nifti"
+    """How maps are written."""
+
+    passes: int = 0
+    """Passes with dropout from which uncertainty is read; 0 for none."""
+
+    acquired: Acquired | None = None
+    """What a file of k-space says of patient and place; None where the study has images."""
+
+    unit: float = 1.0
+    """What 1 in a volume of coil images is in the source's units."""
+
+    is_made_up: bool = False
+    """Whether the volume's k-space was made up from magnitudes."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +137,8 @@ def predict(
     *,
     deidentified: bool = False,
     send: bool = False,
+    maps: Form = "nifti",
+    passes: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Prediction:
     """Let a released model predict a study, and write what it found into a new folder.
@@ -135,26 +157,38 @@ def predict(
         Whether what is written carries mapped identifiers and dates in place of the hospital's own.
     send
         Whether the DICOM objects go to the archive that ``site.toml`` names, once the folder is written.
+    maps
+        Whether maps are NIfTI, DICOM parametric maps, or both.
+    passes
+        From how many passes with dropout switched on uncertainty is read; 0 for the network's own probabilities.
     on_progress
         Told (windows done, in all).
 
     Raises
     ------
     FederadError
-        C123 if the study does not fit the model, C124 if the folder cannot be written, C126 if the archive does not take
-        what is sent, C163 if it is unclear which release
-        is meant, M211 to M215 if it is not what the operator signed, M210 or P102 to P104 if this version cannot build it.
+        C123 if the study does not fit the model, C124 if the folder cannot be written, C126 or C129 to C131 if the archive
+        does not take what is sent, C163 if it is unclear which release is meant, it has no dropout for ``passes`` or there
+        is no archive, M211 to M215 if it is not what the operator signed, M210 or P102 to P104 if this version cannot
+        build it.
     """
-    archive = _archive(site) if send else None
+    archive = archive_of(site) if send else None
     model = load(site, wanted)
     writer = _writer(model.plan)
+    if passes and model.plan.task.dropout is None:
+        raise cannot(
+            f"{model.name} was trained without dropout, so passes with dropout say nothing.",
+            "What several passes disagree about is read off features that are left out at random, as in training.",
+            "leave --passes out: uncertainty is then read off the probabilities of one pass",
+        )
     if not study.exists():
         raise _unfit(f"There is no {study}.")
     secret = (site.station / "secret").read_bytes()
+    name = SiteConfig.load(site.station).name
     with _new_folder(to) as part, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # decoders' warnings quote header values
-        case, handled = read_case(model, study, secret, site.station, deidentified=deidentified)
-        findings: Findings = writer(case, part, on_progress)
+        case, handled = read_case(model, study, secret, site.station, deidentified=deidentified, site=name)
+        findings: Findings = writer(replace(case, maps=maps, passes=passes), part, on_progress)
         if handled is not None:
             (part / "deidentification.json").write_text(json.dumps(handled.as_json(), indent=1), encoding="utf-8")
             findings.files["deidentification.json"] = "what was done to the header, and what was not"
@@ -166,19 +200,8 @@ def predict(
     if archive is not None:
         from client.delivery import deliver
 
-        summary["sent"] = deliver(sorted(to.glob("*.dcm")), archive)
+        summary["sent"] = deliver(sorted(to.rglob("*.dcm")), archive)
     return Prediction(to, to / PAGE, summary)
-
-
-def _archive(site: SiteFolder) -> Pacs:
-    pacs = SiteConfig.load(site.station).pacs
-    if pacs is None:
-        raise cannot(
-            "site.toml names no archive.",
-            "Nothing is sent anywhere that this hospital has not named.",
-            'write [pacs] with host = "..." and port, or dicomweb = "https://...", into station/site.toml',
-        )
-    return pacs
 
 
 def load(site: SiteFolder, wanted: str) -> Model:
@@ -199,7 +222,7 @@ def load(site: SiteFolder, wanted: str) -> Model:
 
 
 def read_case(
-    model: Model, path: Path, secret: bytes, work_in: Path, *, deidentified: bool = False
+    model: Model, path: Path, secret: bytes, work_in: Path, *, deidentified: bool = False, site: str = ""
 ) -> tuple[Case, Handled | None]:
     """A study as the model sees it, through the reader and the preprocessing of training; C123 if it does not fit.
 
@@ -213,26 +236,58 @@ def read_case(
         A folder for what is needed meanwhile; nothing of it stays.
     deidentified
         Whether the headers' identifiers and dates are mapped; what was done to them is then returned, too.
+    site
+        The site's name, for what a plan says of single sites.
     """
     plan = model.plan
     with tempfile.TemporaryDirectory(dir=work_in) as work, _as_folder(path, Path(work)) as source, one_thread():
         study, paths = _only_study(source, Path(work) / "catalogue.sqlite", secret)
         try:
             channels = image_series(study, plan)
-            scan = read_scan(channels, None, lambda file: paths[file.key], plan)
-            volume = prepare(scan, plan.data)
+            case = _read(model, study, channels, paths, site)
         except UnusableError as error:
             raise _unfit(_reason(study, plan, error)) from None
-        sources: tuple[Dataset, ...] = ()
-        frames: tuple[int, ...] = ()
-        if channels[0].kind is Kind.DICOM:
-            sources, frames = _sources([paths[file.key] for file in channels[0].files], scan)
-    handled = None
-    if deidentified:
-        deidentifier = Deidentifier(secret)
-        sources = tuple(deidentifier.apply(one) for one in sources)
-        handled = deidentifier.handled
-    return Case(model, study.key, scan, volume, sources, frames, channels[0].kind), handled
+    if not deidentified:
+        return case, None
+    deidentifier = Deidentifier(secret)
+    case = replace(case, sources=tuple(deidentifier.apply(one) for one in case.sources))
+    if case.acquired is not None:
+        case = replace(case, acquired=replace(case.acquired, header=deidentifier.apply(case.acquired.header)))
+    return case, deidentifier.handled
+
+
+def _read(model: Model, study: Study, channels: list[Series], paths: Mapping[str, Path], site: str) -> Case:
+    """One study before one model, with the hospital's own identifiers; UnusableError if it does not fit."""
+    plan, kind = model.plan, channels[0].kind
+    of_first = [paths[file.key] for file in channels[0].files]
+    if plan.task.kind in OF_KSPACE and kind is Kind.KSPACE:
+        return _read_kspace(model, study, channels[0], paths, site)
+    scan = read_scan(channels, None, lambda file: paths[file.key], plan)
+    sources, frames = _sources(of_first, scan) if kind is Kind.DICOM else ((), ())
+    if plan.task.kind in OF_KSPACE:
+        coils = read_coils(channels[0], lambda file: paths[file.key], plan)
+        volume = replace(coil_volume(coils), key=study.key, site=site)
+        return Case(model, study.key, scan, volume, sources, frames, kind, unit=_largest(coils), is_made_up=True)
+    return Case(model, study.key, scan, prepare(scan, plan.data), sources, frames, kind)
+
+
+def _read_kspace(model: Model, study: Study, series: Series, paths: Mapping[str, Path], site: str) -> Case:
+    """A file of k-space; its scan is the magnitude of what was measured."""
+    coils = read_coils(series, lambda file: paths[file.key], model.plan, with_gaps=True)
+    volume = replace(coil_volume(coils), key=study.key, site=site)
+    magnitude = np.sqrt((np.abs(coils.images) ** 2).sum(axis=0), dtype=np.float32)
+    scan = Scan(magnitude[np.newaxis], None)
+    known = acquired(paths[series.files[0].key], scan.shape)
+    return Case(
+        *(model, study.key, scan, volume, (), (), Kind.KSPACE),
+        acquired=known,
+        unit=_largest(coils),
+        is_made_up=is_simulated(series),
+    )
+
+
+def _largest(coils: Coils) -> float:
+    return float(np.sqrt((np.abs(coils.images) ** 2).sum(axis=0)).max())
 
 
 def _fetched(site: SiteFolder, wanted: str) -> Path:

@@ -23,6 +23,9 @@ COLUMNS = {
     "lesions": "separate parts",
     "diameter_mm": "largest diameter [mm]",
     "mean_probability": "mean probability inside",
+    "acceleration": "acceleration",
+    "psnr": "PSNR [dB]",
+    "ssim": "SSIM",
 }
 """Measures that the page shows, with their heading."""
 
@@ -53,7 +56,7 @@ def _grid(case: Case) -> str:
     n_slices, n_rows, n_columns = case.scan.shape
     if case.kind is Kind.PICTURE:
         return f"a picture of {n_columns} x {n_rows} pixels"
-    kind = "DICOM" if case.kind is Kind.DICOM else "NIfTI"
+    kind = {Kind.DICOM: "DICOM", Kind.KSPACE: "k-space"}.get(case.kind, "NIfTI")
     return f"{n_slices} slice{'s' if n_slices > 1 else ''} of {n_columns} x {n_rows} pixels, {kind}"
 
 

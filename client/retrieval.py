@@ -185,6 +185,18 @@ def _bad_query(why: str) -> FederadError:
     )
 
 
+def archive_of(site: SiteFolder) -> Pacs:
+    """The archive that ``site.toml`` names; C163 if it names none."""
+    pacs = SiteConfig.load(site.station).pacs
+    if pacs is None:
+        raise cannot(
+            "site.toml names no archive.",
+            "Nothing is fetched from or sent anywhere that this hospital has not named.",
+            'write [pacs] with host = "..." and port, or dicomweb = "https://...", into station/site.toml',
+        )
+    return pacs
+
+
 def retrieve(
     site: SiteFolder,
     asked: Query,
@@ -216,19 +228,14 @@ def retrieve(
     ------
     FederadError
         C118 if the archive cannot be asked, C120 if what comes cannot be written, C122 if nothing can listen for it, C127
-        if nobody knows who is excluded, C156 if another retrieval is going on, C163 if ``site.toml`` names no archive.
+        if nobody knows who is excluded, C129 to C131 if either side does not believe who the other is, C156 if another
+        retrieval is going on, C163 if ``site.toml`` names no archive.
     """
-    config = SiteConfig.load(site.station)
-    if config.pacs is None:
-        raise cannot(
-            "site.toml names no archive.",
-            "Nothing is fetched from anywhere that this hospital has not named.",
-            'write [pacs] with host = "..." and port, or dicomweb = "https://...", into station/site.toml',
-        )
+    config, pacs = SiteConfig.load(site.station), archive_of(site)
     began = time.monotonic()
     with only_one(site.station / "retrieve.lock", "retrieval"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote header values
-        work = _Retrieval(site, config.pacs, Path(config.data), most_bytes)
+        work = _Retrieval(site, pacs, Path(config.data), most_bytes)
         work.run(asked, dry_run=dry_run, on_progress=on_progress or (lambda _done, _total: None))
     work.result.seconds = time.monotonic() - began
     return work.result

@@ -45,10 +45,53 @@ class Pacs(BaseModel):
     dicomweb: str | None = Field(default=None, pattern=r"^https?://[^\s@]{1,500}$")
     """Address of its DICOMweb service, such as ``https://pacs.hospital.example/dicom-web``; then host is left out."""
 
+    tls: bool = False
+    """Whether DICOM goes over TLS: what this site sends, and what its listener takes."""
+
+    ca_file: str | None = Field(default=None, pattern="^/")
+    """Authority (PEM) that the archive's certificate must come from; left out, those that the system knows."""
+
+    certificate: str | None = Field(default=None, pattern="^/")
+    """Certificate (PEM) with which this site shows who it is, where the archive asks for one."""
+
+    key: str | None = Field(default=None, pattern="^/")
+    """Its private key (PEM); nobody else may read the file."""
+
+    user: str | None = Field(default=None, pattern=r"^[^\x00-\x1f\x7f:]{1,200}$")
+    """Name at the DICOMweb service (HTTP basic)."""
+
+    password_file: str | None = Field(default=None, pattern="^/")
+    """File with its password in one line; nobody else may read it."""
+
+    token_file: str | None = Field(default=None, pattern="^/")
+    """File with a token in one line, in place of name and password (HTTP bearer); nobody else may read it."""
+
+    @property
+    def where(self) -> str:
+        """The archive, as messages name it."""
+        return self.dicomweb or f"{self.ae_title} at {self.host}:{self.port}"
+
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         if (self.host is None) == (self.dicomweb is None):
             raise ValueError("give either host or dicomweb")
+        is_web = (self.dicomweb or "").startswith("https://")
+        if self.tls and self.dicomweb is not None:
+            raise ValueError("tls is for host; for dicomweb write https:// into its address")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key belong together")
+        if (self.ca_file or self.certificate) and not (self.tls or is_web):
+            raise ValueError("ca_file, certificate and key need tls = true, or dicomweb with https://")
+        if (self.user is None) != (self.password_file is None):
+            raise ValueError("user and password_file belong together")
+        if self.user is not None and self.token_file is not None:
+            raise ValueError("give either user and password_file, or token_file")
+        if (self.user or self.token_file) and not is_web:
+            raise ValueError(
+                "user, password_file and token_file need dicomweb with https://: no secret goes unencrypted"
+            )
+        if self.tls and self.listen_port is not None and not (self.ca_file and self.certificate):
+            raise ValueError("listen_port with tls needs ca_file, certificate and key")
         return self
 
 

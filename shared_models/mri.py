@@ -106,6 +106,11 @@ def centre(kspace: Tensor, fraction: float) -> Tensor:
     return kept
 
 
+def centre_is_measured(mask: NDArray[np.bool_], fraction: float) -> bool:
+    """Whether a mask ``(y, x)`` has all samples of the lines that lie side by side in the centre."""
+    return bool(mask[_middle(mask.shape[0], fraction)].all())
+
+
 def low_resolution_sensitivities(measured: Tensor, fraction: float) -> Tensor:
     """Coil sensitivities from the centre of k-space (McKenzie et al. 2002, doi:10.1002/mrm.10087), ``(batch, coil, y, x)``.
 

@@ -46,6 +46,10 @@ class Volume:
     site: str = ""
     """Name of the site, for what a plan says of single sites."""
 
+    measured: NDArray[np.bool_] | None = None
+    """Where a plan begins at k-space: which samples a scanner measured, ``(z, y, x)``, and the image is then zero-filled;
+    None where it measured all, and the plan leaves some out."""
+
 
 def crop(array: NDArray[np.generic], corner: tuple[int, ...], size: tuple[int, ...]) -> NDArray[np.generic]:
     """The window of ``(channel, z, y, x)`` at ``corner``, zero where it reaches outside."""

@@ -358,7 +358,7 @@ class _Builder:
     def _volume(self, channels: list[Series], label: Series | None) -> Volume:
         """The prepared volume, with what was drawn on it; where that is not needed, without it if it cannot be used."""
         if _begins_at_kspace(self._plan):
-            return coil_volume(self._coils(channels[0]))
+            return coil_volume(read_coils(channels[0], self._path, self._plan))
         if label is not None:
             try:
                 return prepare(read_scan(channels, label, self._path, self._plan), self._plan.data)
@@ -366,14 +366,6 @@ class _Builder:
                 if self._labels is None:
                     raise
         return prepare(read_scan(channels, None, self._path, self._plan), self._plan.data)
-
-    def _coils(self, series: Series) -> kspace.Coils:
-        """Fully sampled coil images of a series, made up where it has magnitudes alone."""
-        n_coils = self._plan.data.coils
-        if series.kind is Kind.KSPACE:
-            return kspace.read(self._path(series.files[0]), n_coils)
-        magnitude = on_patient_axes(read_scan([series], None, self._path, self._plan), self._plan.data)
-        return kspace.Coils(kspace.simulated(magnitude.image[0], n_coils), magnitude.spacing_mm)
 
     def _entry_name(self, study: str, series: list[Series]) -> str:
         files = [(file.key, *self._status(file)) for one in series for file in one.files]
@@ -432,6 +424,31 @@ def read_scan(channels: Sequence[Series], label: Series | None, path_of: Callabl
     drawn_on = next((s for s, c in zip(series, channels, strict=True) if c.key == label.reference), series[0])
     drawn = dicom.read_structures if label.kind is Kind.STRUCTURES else dicom.read_segmentation
     return scan.labelled(drawn(mask[0], drawn_on, names))
+
+
+def read_coils(series: Series, path_of: Callable[[File], Path], plan: Plan, *, with_gaps: bool = False) -> kspace.Coils:
+    """Coil images of a series, made up where it has magnitudes alone.
+
+    Parameters
+    ----------
+    series
+        One that a plan that begins at k-space may use.
+    path_of
+        Where a file lies.
+    plan
+        Read for ``data``.
+    with_gaps
+        Whether k-space that is not fully sampled is read too.
+
+    Raises
+    ------
+    UnusableError
+        If a file cannot be decoded, or does not fit.
+    """
+    if series.kind is Kind.KSPACE:
+        return kspace.read(path_of(series.files[0]), plan.data.coils, with_gaps=with_gaps)
+    magnitude = on_patient_axes(read_scan([series], None, path_of, plan), plan.data)
+    return kspace.Coils(kspace.simulated(magnitude.image[0], plan.data.coils), magnitude.spacing_mm)
 
 
 def chosen_series(study: Study, plan: Plan, *, may_lack_label: bool = False) -> tuple[list[Series], Series | None]:

@@ -1,7 +1,8 @@
 """Read k-space: fastMRI's HDF5, ISMRMRD, and NumPy files of research data; or make it up from magnitude images.
 
 Whatever is read becomes fully sampled coil images ``(coil, z, y, x)`` with y the phase-encoding direction: what a plan
-leaves out of their k-space, it leaves out itself. Files are taken apart in a child process (``kspace_files``).
+leaves out of their k-space, it leaves out itself. Where a model predicts, k-space may have gaps, and what was measured is
+told beside the images. Files are taken apart in a child process (``kspace_files``).
 
 ============================  ===========================================================================================
 HDF5 with ``kspace``          fastMRI (Zbontar et al. 2018, arXiv:1811.08839): complex ``(slice, [coil,] readout, phase)``;
@@ -20,7 +21,7 @@ coils are made up, the same whenever the same image is read. They are used where
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -51,6 +52,9 @@ class Coils:
 
     spacing_mm: tuple[float, float, float]
     """Distance between voxel centres along (z, y, x) [mm]; 1.0 where the source does not say."""
+
+    measured: NDArray[np.bool_] | None = None
+    """Which samples of centred k-space were measured, ``(z, y, x)``; None where all were. Images are then zero-filled."""
 
 
 def is_simulated(series: Series) -> bool:
@@ -85,8 +89,8 @@ def inspect(path: Path, relative: PurePosixPath, secret: bytes, index: Index) ->
         )
 
 
-def read(path: Path, n_coils: int) -> Coils:
-    """Fully sampled coil images of a file, of the plan's number of coils.
+def read(path: Path, n_coils: int, *, with_gaps: bool = False) -> Coils:
+    """Fully sampled coil images of a file, of the plan's number of coils; ``with_gaps``, also what is not fully sampled.
 
     More coils are compressed to the virtual ones with the most signal (Buehrer et al. 2007, doi:10.1002/mrm.21237); several
     are not compressed to one, which could not show what a single coil sees.
@@ -97,12 +101,14 @@ def read(path: Path, n_coils: int) -> Coils:
         If it cannot be decoded, is not fully sampled, or has too few coils.
     """
     coils = _coils(path, n_coils)
+    if coils.measured is not None and not with_gaps:
+        raise UnusableError(Reason.UNDERSAMPLED)
     if not np.isfinite(coils.images).all():
         raise UnusableError(Reason.NOT_FINITE)
     have = len(coils.images)
     if have < n_coils or (n_coils == 1 and have > 1):
         raise UnusableError(Reason.COILS)
-    return coils if have == n_coils else Coils(_compressed(coils.images, n_coils), coils.spacing_mm)
+    return coils if have == n_coils else replace(coils, images=_compressed(coils.images, n_coils))
 
 
 def _coils(path: Path, n_coils: int) -> Coils:
@@ -118,8 +124,11 @@ def _coils(path: Path, n_coils: int) -> Coils:
         values = values.astype(np.complex64, copy=False)
         if reply.facts["kind"] == "image":
             return Coils(values, spacing_mm)
-        matrix = reply.facts["matrix"]
-        return Coils(_middle_of(_images(values), None if matrix is None else int(matrix[0])), spacing_mm)
+        matrix, measured = reply.facts["matrix"], _measured(values)
+        if measured is None and reply.facts["has_mask"]:
+            raise UnusableError(Reason.UNDERSAMPLED)  # by a mask that its samples do not show
+        images = _middle_of(_images(values), None if matrix is None else int(matrix[0]))
+        return Coils(images, spacing_mm, _lines_of(measured, images.shape[-1]))
 
 
 def simulated(magnitude: NDArray[np.float32], n_coils: int) -> NDArray[np.complex64]:
@@ -143,18 +152,33 @@ def _compressed(images: NDArray[np.complex64], n_coils: int) -> NDArray[np.compl
 
 
 def _images(kspace: NDArray[np.complex64]) -> NDArray[np.complex64]:
-    """Coil images of centred k-space ``(coil, z, y, x)``; UnusableError if parts of it were never measured."""
+    """Coil images of centred k-space ``(coil, z, y, x)``."""
+    axes = (-2, -1)
+    centred = np.fft.ifft2(np.fft.ifftshift(kspace, axes=axes), axes=axes, norm="ortho")
+    return np.asarray(np.fft.fftshift(centred, axes=axes), np.complex64)
+
+
+def _measured(kspace: NDArray[np.complex64]) -> NDArray[np.bool_] | None:
+    """Which samples of ``(coil, z, y, x)`` were measured, ``(z, y, x)``; None where each slice has all within its borders.
+
+    UnusableError if a slice has none.
+    """
     is_measured = np.abs(kspace).sum(axis=0) > 0
+    is_whole = True
     for plane in is_measured:
         where = np.argwhere(plane)
         if not len(where):
             raise UnusableError(Reason.UNDERSAMPLED)
         (top, left), (bottom, right) = where.min(axis=0), where.max(axis=0) + 1
-        if plane[top:bottom, left:right].mean() < 1 - LARGEST_GAP:
-            raise UnusableError(Reason.UNDERSAMPLED)
-    axes = (-2, -1)
-    centred = np.fft.ifft2(np.fft.ifftshift(kspace, axes=axes), axes=axes, norm="ortho")
-    return np.asarray(np.fft.fftshift(centred, axes=axes), np.complex64)
+        is_whole &= plane[top:bottom, left:right].mean() >= 1 - LARGEST_GAP
+    return None if is_whole else np.asarray(is_measured, np.bool_)
+
+
+def _lines_of(measured: NDArray[np.bool_] | None, n_readout: int) -> NDArray[np.bool_] | None:
+    """The same for images whose readout was cut: lines along it, each measured where most of it was."""
+    if measured is None or measured.shape[-1] == n_readout:
+        return measured
+    return np.repeat(measured.mean(axis=-1, keepdims=True) > 0.5, n_readout, axis=-1)
 
 
 def _middle_of(images: NDArray[np.complex64], n_readout: int | None) -> NDArray[np.complex64]:

@@ -84,10 +84,10 @@ def describe(path: Path) -> Facts:
             if not (members.has(MAGNITUDE) or members.has("kspace") or (members.has("re") and members.has("im"))):
                 raise UnusableError(Reason.NOT_AN_IMAGE)
             return {"name": MAGNITUDE if members.has(MAGNITUDE) else MEASURED, "patient": None, "scanner": None}
-    with _opened(path) as file:
-        _check_layout(file, path)
+    with opened(path) as file:
+        check_layout(file, path)
         header = _header(file)
-        patient = _patient(file)
+        patient = patient_of(file)
     return {"name": MEASURED, "patient": patient or header.patient, "scanner": header.scanner}
 
 
@@ -103,7 +103,8 @@ def values(path: Path, share: Share) -> Facts:
     Returns
     -------
     dict
-        ``kind``; ``matrix``, the reconstructed one along (readout, phase), or None; ``spacing_mm`` along (z, y, x).
+        ``kind``; ``matrix``, the reconstructed one along (readout, phase), or None; ``spacing_mm`` along (z, y, x);
+        ``has_mask``, whether the file says itself that samples are missing.
 
     Raises
     ------
@@ -113,15 +114,21 @@ def values(path: Path, share: Share) -> Facts:
     with unusable(Reason.PIXELS):
         if path.suffix.lower() == NUMPY:
             with _members(path) as members:
-                return _of_numpy(members, share) | {"matrix": None, "spacing_mm": (1.0, 1.0, 1.0)}
-        with _opened(path) as file:
-            _check_layout(file, path)
+                return _of_numpy(members, share) | {"matrix": None, "spacing_mm": (1.0, 1.0, 1.0), "has_mask": False}
+        with opened(path) as file:
+            check_layout(file, path)
             header = _header(file)
+            has_mask = "kspace" in file and _has_mask(file)
             if "kspace" in file:
                 _of_fastmri(file, share)
             else:
                 _of_ismrmrd(file, header, path, share)
-            return {"kind": "k-space", "matrix": header.matrix, "spacing_mm": _spacing_mm(header)}
+            return {
+                "kind": "k-space",
+                "matrix": header.matrix,
+                "spacing_mm": _spacing_mm(header),
+                "has_mask": has_mask,
+            }
 
 
 def check_sizes(*sides: int, n_coils: int = 1) -> None:
@@ -209,7 +216,8 @@ def _plane(members: _Members, name: str) -> NDArray[Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
+    """A file of HDF5; DAMAGED if it is none, or whatever goes wrong inside."""
     import h5py
 
     with unusable(Reason.DAMAGED):
@@ -244,7 +252,7 @@ def _group(file: Any) -> Any:
     return found if isinstance(found, h5py.Group) else None
 
 
-def _check_layout(file: Any, path: Path) -> None:
+def check_layout(file: Any, path: Path) -> None:
     """One of the two layouts that are read, of a believable size."""
     with unusable(Reason.LAYOUT):
         if "kspace" in file:
@@ -263,13 +271,17 @@ def _check_layout(file: Any, path: Path) -> None:
             raise UnusableError(Reason.TOO_LARGE)
 
 
+def _has_mask(file: Any) -> bool:
+    """Whether a file of fastMRI has a mask that leaves samples out."""
+    if "mask" not in file:
+        return False
+    mask = _dataset(file, "mask")
+    if mask.dtype.kind not in "biuf":
+        raise UnusableError(Reason.LAYOUT)
+    return not np.asarray(mask).all()
+
+
 def _of_fastmri(file: Any, share: Share) -> None:
-    if "mask" in file:
-        mask = _dataset(file, "mask")
-        if mask.dtype.kind not in "biuf":
-            raise UnusableError(Reason.LAYOUT)
-        if not np.asarray(mask).all():
-            raise UnusableError(Reason.UNDERSAMPLED)
     stored = _dataset(file, "kspace")
     by_slice = np.asarray(stored, np.complex64)
     by_slice = by_slice[:, None] if stored.ndim == 3 else by_slice
@@ -302,7 +314,7 @@ def _of_ismrmrd(file: Any, header: Header, path: Path, share: Share) -> None:
         kspace[:, int(index["slice"][i]), y, x : x + samples.shape[1]] = samples
 
 
-def _patient(file: Any) -> str | None:
+def patient_of(file: Any) -> str | None:
     """fastMRI's ``patient_id``."""
     if "patient_id" not in file.attrs:
         return None
@@ -317,19 +329,26 @@ def _word(stored: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def _header(file: Any) -> Header:
-    """The ISMRMRD header of either layout; empty where there is none. DAMAGED if it is no XML or tries tricks."""
+def xml_of(file: Any) -> ElementTree.Element | None:
+    """The ISMRMRD header of either layout; None where there is none. DAMAGED if it is no XML or tries tricks."""
     group = _group(file)
     parent, name = (file, "ismrmrd_header") if "ismrmrd_header" in file else (group, "xml")
     if parent is None or name not in parent:
-        return Header()
+        return None
     stored = _dataset(parent, name)
     if math.prod(stored.shape) != 1 or stored.dtype.itemsize > LARGEST_HEADER:
         raise UnusableError(Reason.DAMAGED)
     text = _word(stored).encode()
     if len(text) > LARGEST_HEADER or b"<!" in text.replace(b"<!--", b""):
         raise UnusableError(Reason.DAMAGED)
-    root = ElementTree.fromstring(text)  # noqa: S314 (without declarations nothing in it expands)
+    return ElementTree.fromstring(text)  # noqa: S314 (without declarations nothing in it expands)
+
+
+def _header(file: Any) -> Header:
+    """What the header says; an empty one where there is none."""
+    root = xml_of(file)
+    if root is None:
+        return Header()
     return Header(
         patient=_text(root, "subjectInformation/patientID"),
         scanner=_scanner(root),

@@ -101,6 +101,12 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
 
         return kspace_files.values(Path(path), share)
 
+    def kspace_origin(path: str, shape: list[int]) -> dict[str, Any]:
+        from client.data import kspace_header
+
+        n_slices, n_rows, n_columns = shape
+        return kspace_header.told(Path(path), (n_slices, n_rows, n_columns))
+
     return {
         "describe": lambda path: dicom_files.describe(Path(path)),
         "attribute": lambda path, keyword: dicom_files.attribute(Path(path), keyword),
@@ -117,6 +123,7 @@ def _abilities(share: Callable[[tuple[int, ...], str], NDArray[Any]]) -> dict[st
         "picture": picture,
         "k-space header": kspace_header,
         "k-space": kspace,
+        "k-space origin": kspace_origin,
     }
 
 

@@ -186,7 +186,7 @@ def coil_volume(coils: Coils) -> Volume:
         raise UnusableError(Reason.NOT_FINITE)
     parts = np.stack([coils.images.real, coils.images.imag], axis=1) / magnitude.max()
     image = parts.reshape(-1, *coils.images.shape[1:]).astype(np.float32)
-    return Volume(image, None, foreground_of(None), coils.spacing_mm)
+    return Volume(image, None, foreground_of(None), coils.spacing_mm, measured=coils.measured)
 
 
 @contextmanager

@@ -159,8 +159,13 @@ class Reconstruction(Task):
         structure                    share of an inserted disc that comes back; ``structure_zero_filled`` beside it
         ``"psnr at 6x"``             PSNR of the coil images at another acceleration [dB]
         ===========================  =====================================================================================
+
+        Of a volume that was not fully sampled, amplification alone.
         """
         z = int((magnitude(volume.image) ** 2).sum(axis=(1, 2)).argmax())
+        if volume.measured is not None:
+            sample, _ = self._evaluated(volume)
+            return {"amplification": stability.amplification(network, sample[z : z + 1].to(device))}
         images = torch.from_numpy(np.array(volume.image[:, z : z + 1], np.float32)).movedim(1, 0)
         shape = (images.shape[2], images.shape[3])
         sample, scale = self._measured(images, [self._mask(volume, shape, generator("card", volume.key))])
@@ -251,12 +256,15 @@ class Reconstruction(Task):
 
     def _evaluated(self, volume: Volume) -> tuple[Tensor, Tensor]:
         """What was measured of every slice, as networks take it, ``(z, 2 coil + 1, y, x)``, and each slice's scale."""
-        shape = (volume.image.shape[2], volume.image.shape[3])
-        masks = [
-            self._mask(volume, shape, generator("mask", volume.site, volume.key, z))
-            for z in range(volume.image.shape[1])
-        ]
+        masks = [self.mask(volume, z) for z in range(volume.image.shape[1])]
         return self._measured(torch.from_numpy(np.array(volume.image, np.float32)).movedim(1, 0), masks)
+
+    def mask(self, volume: Volume, z: int) -> NDArray[np.bool_]:
+        """The samples of slice ``z`` that the network is given, ``(y, x)``: those that were measured, or the plan's."""
+        if volume.measured is not None:
+            return np.asarray(volume.measured[z])
+        shape = (volume.image.shape[2], volume.image.shape[3])
+        return self._mask(volume, shape, generator("mask", volume.site, volume.key, z))
 
     def _mask(self, volume: Volume, shape: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
         task = self.plan.task

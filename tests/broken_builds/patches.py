@@ -34,6 +34,7 @@ LEAVING = "tests/client/test_leaving.py"
 SEALED = "tests/client/data/test_sealed.py"
 DEIDENTIFIED = "tests/client/data/test_deidentify.py"
 PREDICTED = "tests/client/data/test_inference.py"
+IDENTITY = "tests/client/data/test_archive_identity.py"
 AVERAGE = "tests/server/test_rounds.py::TestRun::test_average_over_rounds_is_tested_and_released"
 
 
@@ -1115,6 +1116,28 @@ _KEPT = (
             "release = Release.open(_fetched(site, wanted))",
         ),
         caught_by=(f"{PREDICTED}::TestRefusals::test_model_that_is_not_the_signed_one_predicts_nothing",),
+    ),
+    patch(
+        "a password goes to an archive without TLS",
+        ("client/site.py", "if (self.user or self.token_file) and not is_web:", "if False:"),
+        caught_by=(f"{IDENTITY}::TestConfiguration::test_what_does_not_fit_together_is_refused",),
+    ),
+    patch(
+        "a password lies open",
+        ("client/archive_identity.py", " or about.st_mode & 0o077:", ":"),
+        caught_by=(f"{IDENTITY}::TestConfiguration::test_secret_that_is_none_is_refused",),
+    ),
+    patch(
+        "any archive is believed",
+        (
+            "client/archive_identity.py",
+            "    context.minimum_version = ssl.TLSVersion.TLSv1_2\n",
+            "    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE\n",
+        ),
+        caught_by=(
+            f"{IDENTITY}::TestTls::test_archive_of_another_authority_or_name_gets_nothing",
+            f"{IDENTITY}::TestTls::test_listener_takes_nothing_from_whom_nobody_vouches_for",
+        ),
     ),
 )
 

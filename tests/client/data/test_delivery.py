@@ -126,7 +126,7 @@ class TestOrthanc:
     @pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
     def test_prediction_is_found_in_the_archive_beside_its_images(self, server, way, write_series, tmp_path):
         """
-        Images and segmentation form one study there, and the segmentation comes back as it was written.
+        Images, segmentation and maps form one study there, and what was made comes back as it was written.
         """
         address, port = server
         pacs = Pacs(host="127.0.0.1", port=port, ae_title="ORTHANC")
@@ -139,18 +139,57 @@ class TestOrthanc:
         series = write_series(tmp_path / "study", np.random.default_rng(0).integers(100, 1000, (3, 20, 24)))
         deliver(series.files, pacs)
 
-        made = predict(
-            folder, publish(folder.releases, key, plan_of()).sha256, series.folder, tmp_path / "out", send=True
-        )
+        sha256 = publish(folder.releases, key, plan_of()).sha256
+        made = predict(folder, sha256, series.folder, tmp_path / "out", maps="dicom", send=True)
 
-        assert made.summary["sent"] == 1
-        written = pydicom.dcmread(made.folder / "segmentation.dcm")
-        found = {}
-        for instance in json.load(urlopen(f"{address}/instances?expand")):
-            file = tmp_path / instance["ID"]
-            file.write_bytes(urlopen(f"{address}/instances/{instance['ID']}/file").read())
-            one = pydicom.dcmread(file)
-            if one.StudyInstanceUID == written.StudyInstanceUID:
-                found[one.SOPInstanceUID] = one
-        assert len(found) == 3 + 1
-        assert found[written.SOPInstanceUID] == written
+        written = [pydicom.dcmread(file) for file in made.folder.glob("*.dcm")]
+        assert made.summary["sent"] == len(written) == 3
+        found = stored(address, written[0].StudyInstanceUID, tmp_path)
+        assert len(found) == 3 + 3
+        for one in written:
+            assert found[one.SOPInstanceUID] == one
+
+    @pytest.mark.parametrize("has_patient", [True, False])
+    def test_reconstruction_is_found_in_the_archive(self, server, has_patient, write_series, tmp_path):
+        """
+        As MR images beside those it was made from, or as secondary capture of nobody where a file names nobody.
+        """
+        address, port = server
+        pacs = Pacs(host="127.0.0.1", port=port, ae_title="ORTHANC")
+        key, folder = Ed25519PrivateKey.generate(), SiteFolder(tmp_path / "site")
+        folder.make()
+        Station.create(folder.station, SiteConfig(name="site-a", data=str(tmp_path), device="cpu", pacs=pacs))
+        Plans(folder.station).trust(CONSORTIUM, public_pem(key.public_key()))
+        values = np.random.default_rng(0).integers(100, 1000, (2, 32, 24))
+        study = write_series(tmp_path / "study", values).folder
+        if not has_patient:
+            study = tmp_path / "scan.npz"
+            np.savez(study, kspace=np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(values[0]))))
+        task = {
+            "kind": "reconstruction",
+            "labels": [],
+            "network": "cascade",
+            "channels": [8, 8],
+            "centre_fraction": 0.2,
+        }
+        plan = plan_of(task=task, data={"patch": [32, 24], "simulated": True})
+
+        made = predict(folder, publish(folder.releases, key, plan).sha256, study, tmp_path / "out", send=True)
+
+        written = [pydicom.dcmread(file) for file in made.folder.rglob("*.dcm")]
+        assert made.summary["sent"] == len(written) == (2 if has_patient else 1)
+        found = stored(address, written[0].StudyInstanceUID, tmp_path)
+        for one in written:
+            assert found[one.SOPInstanceUID] == one
+
+
+def stored(address: str, study: str, folder: Path) -> dict[str, pydicom.Dataset]:
+    """Objects of a study that Orthanc holds, by UID."""
+    found = {}
+    for instance in json.load(urlopen(f"{address}/instances?expand")):
+        file = folder / instance["ID"]
+        file.write_bytes(urlopen(f"{address}/instances/{instance['ID']}/file").read())
+        one = pydicom.dcmread(file)
+        if one.StudyInstanceUID == study:
+            found[one.SOPInstanceUID] = one
+    return found
