@@ -192,27 +192,34 @@ def parametric_map(
 
 
 def structured_report(case: Case, measures: Sequence[Mapping[str, Any]]) -> Dataset:
-    """A measurement report with the probability of each label, and the most probable as the finding.
+    """A measurement report with the probability of each label, and the most probable, or all that were found, as findings.
 
     Parameters
     ----------
     measures
-        For each label its ``label``, ``probability`` and whether it is the ``most_probable``.
+        For each label its ``label``, ``probability`` and whether it is the ``most_probable``, or where there may be several
+        whether it was ``found``.
     """
     from highdicom import sr
 
-    best = next(row["label"] for row in measures if row["most_probable"])
     measurements = [
         sr.Measurement(
             name=_probability_code(row["label"]), value=round(row["probability"], 6), unit=codes.UCUM.NoUnits
         )
         for row in measures
     ]
-    finding = sr.QualitativeEvaluation(
-        name=Code("most-probable-label", OWN_SCHEME, "Most probable label"), value=code_of(best)[1]
-    )
+    names = {
+        "most_probable": Code("most-probable-label", OWN_SCHEME, "Most probable label"),
+        "found": Code("label-found", OWN_SCHEME, "Label found"),
+    }
+    findings = [
+        sr.QualitativeEvaluation(name=code, value=code_of(row["label"])[1])
+        for row in measures
+        for key, code in names.items()
+        if row.get(key)
+    ]
     procedure = Code("image-classification", OWN_SCHEME, "Classification of images by a learned model")
-    return _report(case, measurements, [finding], procedure)
+    return _report(case, measurements, findings or None, procedure)
 
 
 def number_report(case: Case, label: str, target: str, number: float) -> Dataset:

@@ -66,37 +66,6 @@ def limits_of(values: NDArray[np.float32]) -> tuple[float, float]:
     return float(values.min()), float(values.max())
 
 
-class Members:
-    """What several passes say of one image, added up: their mean, and what they disagree about.
-
-    Each pass is a distribution over labels, ``(label, ...)``, float32.
-    """
-
-    def __init__(self) -> None:
-        self._n = 0
-        self._sum: NDArray[np.float64] = np.zeros(())
-        self._entropies: NDArray[np.float64] = np.zeros(())
-
-    def add(self, probabilities: NDArray[np.float32]) -> None:
-        """One pass."""
-        one = probabilities.astype(np.float64)
-        self._n += 1
-        self._sum = self._sum + one
-        self._entropies = self._entropies + uncertainty.entropy(one)
-
-    @property
-    def mean(self) -> NDArray[np.float32]:
-        """The mean distribution, ``(label, ...)``."""
-        return np.asarray(self._sum / self._n, np.float32)
-
-    @property
-    def disagreement(self) -> NDArray[np.float32]:
-        """Mutual information over the largest possible entropy, ``(...)``, 0 to 1 (Kendall and Gal 2017,
-        arXiv:1703.04977): what the passes disagree about, and more data would settle."""
-        nats = uncertainty.entropy(self._sum / self._n) - self._entropies / self._n
-        return np.asarray(nats / np.log(len(self._sum)), np.float32).clip(0, 1)
-
-
 def passes(case: Case) -> Iterator[int]:
     """The number of each pass with dropout switched on, if any were asked for; the same study gives the same again."""
     import torch

@@ -29,8 +29,9 @@ from client.findings import (
     save_picture,
     slices_to_show,
 )
-from client.findings_maps import Members, passes, write_map
+from client.findings_maps import passes, write_map
 from shared_models.tasks.segmentation import Segmentation
+from shared_models.uncertainty import Members
 
 if TYPE_CHECKING:
     from client.inference import Case, OnProgress

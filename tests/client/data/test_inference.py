@@ -452,6 +452,26 @@ class TestClassification:
         (heat,) = made.folder.glob("evidence-*.nii.gz")
         assert nibabel.load(heat).shape == (48, 40, 3)
 
+    def test_study_with_several_labels_has_a_finding_for_each(self, site, released, write_series, tmp_path):
+        """
+        Each label stands with a probability of its own, and those of at least one half as findings of the report.
+        """
+        labels = ["mass", "effusion", "nodule"]
+        task = {"kind": "classification", "target": "multi-label", "labels": labels, "network": "resnet"}
+        series = write_series(tmp_path / "study", values((3, 40, 48)))
+
+        made = predict(site, released(plan_of(task=task)), series.folder, tmp_path / "out")
+
+        rows = made.summary["measures"]
+        assert [row["found"] for row in rows] == [row["probability"] >= 0.5 for row in rows]
+        report = highdicom.sr.srread(made.folder / "report.dcm")
+        (group,) = report.content.get_image_measurement_groups()
+        assert len(group.get_measurements()) == 3
+        said = [one.value.meaning.lower() for one in group.get_qualitative_evaluations()]
+        found = [row["label"] for row in rows if row["found"]]
+        assert len(said) == len(found)
+        assert all(label in meaning for label, meaning in zip(found, said, strict=True))
+
 
 class TestDeidentified:
     def test_no_identifier_is_in_any_file_and_references_agree(self, site, released, write_series, tmp_path):

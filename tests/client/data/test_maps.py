@@ -18,7 +18,6 @@ from releases import CONSORTIUM, plan_of, publish
 from typer.testing import CliRunner
 
 from client.cli import app
-from client.findings_maps import Members
 from client.folder import SiteFolder
 from client.inference import predict
 from client.plans import Plans
@@ -27,6 +26,7 @@ from client.station import Station
 from shared_models import uncertainty
 from shared_models.errors import FederadError
 from shared_models.signing import public_pem
+from shared_models.uncertainty import Members
 
 KEY = Ed25519PrivateKey.generate()
 OBLIQUE = (0.0, 0.96, 0.28, 0.0, -0.28, 0.96)
