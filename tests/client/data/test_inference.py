@@ -467,7 +467,8 @@ class TestClassification:
         report = highdicom.sr.srread(made.folder / "report.dcm")
         (group,) = report.content.get_image_measurement_groups()
         assert len(group.get_measurements()) == 3
-        said = [one.value.meaning.lower() for one in group.get_qualitative_evaluations()]
+        evaluations = [one for one in group.get_qualitative_evaluations() if one.name.meaning == "Label found"]
+        said = [one.value.meaning.lower() for one in evaluations]
         found = [row["label"] for row in rows if row["found"]]
         assert len(said) == len(found)
         assert all(label in meaning for label, meaning in zip(found, said, strict=True))
