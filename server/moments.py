@@ -30,7 +30,7 @@ from shared_models.weights import Weights
 
 log = logging.getLogger(__name__)
 
-SPREAD = 0.08
+SPREAD = 0.03
 """Standard deviation of features among patients where no squares are released [clips]."""
 
 LEAST_SPREAD = 0.01

@@ -90,8 +90,8 @@ class Layout:
         vector = np.zeros(self.shape)
         for place, feature in features.items():
             clipped = feature * min(1.0, self.clip / max(float(np.linalg.norm(feature)), 1e-30))
-            parts = [[self.clip], clipped, *([clipped**2 / self.clip] if self.has_squares else [])]
-            vector[place] = np.concatenate(parts) / len(features)
+            squares = clipped**2 / self.clip if self.has_squares else np.zeros(0)
+            vector[place] = np.concatenate([np.array([self.clip]), clipped, squares]) / len(features)
         return vector
 
 
@@ -121,7 +121,8 @@ def described(features: Sequence[Tensor]) -> Tensor:
     """Features of several depths on the public directions, ``(batch, DIMENSIONS)``, of norm about 1; not clipped."""
     values = pooled(features)
     d = values.shape[1]
-    return F.layer_norm(values, (d,)) @ torch.from_numpy(directions(d)).to(values) / math.sqrt(d)
+    normalised = F.layer_norm(values, (d,)) / math.sqrt(d)
+    return torch.matmul(normalised, torch.from_numpy(directions(d)).to(values))
 
 
 @lru_cache(maxsize=16)
@@ -162,9 +163,9 @@ class Discriminator(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Logits of scanners, ``(batch, n_scanners)``."""
-        standardised = (values - self.centre) / self.spread
-        answer: Tensor = self.scanners(F.leaky_relu(self.hidden(standardised), 0.1))
-        return answer
+        hidden: Tensor = self.hidden((values - self.centre) / self.spread)
+        logits: Tensor = self.scanners(F.leaky_relu(hidden, 0.1))
+        return logits
 
     def as_arrays(self) -> Weights:
         """What travels."""
