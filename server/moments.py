@@ -75,7 +75,6 @@ class Noted:
 class Gaussians:
     """What is known of the scanners in use."""
 
-    places: list[int]
     means: Vector
     """``(scanner, DIMENSIONS)``."""
 
@@ -124,11 +123,13 @@ class MomentsRule:
         tables = [releases[site][TABLE].astype(np.float64) for site in sorted(releases)]
         self.table = np.sum(tables, axis=0) if tables else np.zeros(self._layout.shape)
         n_noised = np.sum([table.any(axis=1) for table in tables], axis=0) if tables else np.zeros(len(self.table))
-        known = self._gaussians(self.table, n_noised)
+        deviation = self._noise * self._layout.largest * np.sqrt(n_noised)  # of each value of a row
+        places = self._in_use(self.table, deviation)
         self.discriminator = {}
-        scanners = [self._names[place] for place in known.places]
+        scanners = [self._names[place] for place in places]
         if len(scanners) < 2:
             return self._without(Noted(scanners, left_out="fewer than two scanners have enough patients"))
+        known = self._gaussians(self.table[places], deviation[places, None])
         gap, noise = gaps(known)
         said = Noted(scanners, gap / self._layout.clip, noise / self._layout.clip)
         if gap**2 - noise**2 <= noise**2:
@@ -144,27 +145,28 @@ class MomentsRule:
         log.warning("no discriminator of scanners is used: %s (%s)", noted.left_out, asdict(noted))
         return noted
 
-    def _gaussians(self, table: Vector, n_noised: Vector) -> Gaussians:
-        """Means and variances of the scanners with enough patients."""
-        clip = self._layout.clip
-        deviation = self._noise * self._layout.largest * np.sqrt(n_noised)  # of each released value
-        n = table[:, 0] / clip
-        places = [int(k) for k in np.flatnonzero(n >= np.maximum(FEWEST - 0.5, SURE * deviation / clip))]
-        n, deviation = n[places, None], deviation[places, None]
-        means = table[places, 1 : 1 + DIMENSIONS] / n
+    def _in_use(self, table: Vector, deviation: Vector) -> list[int]:
+        """Places of the scanners with enough patients, sure to be no noise."""
+        n, clip = table[:, 0] / self._layout.clip, self._layout.clip
+        return [int(k) for k in np.flatnonzero(n >= np.maximum(FEWEST - 0.5, SURE * deviation / clip))]
+
+    def _gaussians(self, rows: Vector, deviation: Vector) -> Gaussians:
+        """Means and variances of the scanners in use, from their rows and the noise of these, ``(scanner, 1)``."""
+        clip, n = self._layout.clip, rows[:, :1] / self._layout.clip
+        means = rows[:, 1 : 1 + DIMENSIONS] / n
         if self._layout.has_squares:
-            each = np.maximum(table[places, 1 + DIMENSIONS :] * clip / n - means**2, 0)
+            each = np.maximum(rows[:, 1 + DIMENSIONS :] * clip / n - means**2, 0)
             pooled = (n * each).sum(axis=0) / n.sum()
             variances = (n * each + BORROWED * pooled) / (n + BORROWED)
         else:
             variances = np.full_like(means, (SPREAD * clip) ** 2)
         variances = np.maximum(variances, (LEAST_SPREAD * clip) ** 2)
-        return Gaussians(places, means, variances, variances / n + (deviation / n) ** 2)
+        return Gaussians(means, variances, variances / n + (deviation / n) ** 2)
 
 
 def gaps(known: Gaussians) -> tuple[float, float]:
     """Root mean square distance between the means of two scanners, and what noise and chance alone would make of it."""
-    pairs = [(i, j) for i in range(len(known.places)) for j in range(i)]
+    pairs = [(i, j) for i in range(len(known.means)) for j in range(i)]
     squares = [float(((known.means[i] - known.means[j]) ** 2).sum()) for i, j in pairs]
     by_noise = [float((known.of_means[i] + known.of_means[j]).sum()) for i, j in pairs]
     return float(np.sqrt(np.mean(squares))), float(np.sqrt(np.mean(by_noise)))

@@ -121,8 +121,8 @@ def described(features: Sequence[Tensor]) -> Tensor:
     """Features of several depths on the public directions, ``(batch, DIMENSIONS)``, of norm about 1; not clipped."""
     values = pooled(features)
     d = values.shape[1]
-    normalised = F.layer_norm(values, (d,)) / math.sqrt(d)
-    return torch.matmul(normalised, torch.from_numpy(directions(d)).to(values))
+    on_directions: Tensor = F.layer_norm(values, (d,)) @ torch.from_numpy(directions(d)).to(values)
+    return on_directions / math.sqrt(d)
 
 
 @lru_cache(maxsize=16)

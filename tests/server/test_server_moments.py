@@ -189,9 +189,17 @@ def rounds_in(plan, folder, *, change=lambda station: None, on_progress=lambda _
     return Rounds(plan, grid, Journal(folder), run="a-run", seed=0, weights=start, on_progress=on_progress)
 
 
+@pytest.fixture
+def briefly(monkeypatch):
+    """Discriminators that learn for a moment only."""
+    monkeypatch.setattr("server.moments.STEPS", 5)
+
+
+@pytest.mark.usefixtures("briefly")
 class TestRun:
-    @pytest.mark.parametrize("n_committed", [1, 2, 3, 5])
-    @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+    @pytest.mark.parametrize(
+        ("strategy", "n_committed"), [("fedavg", 1), ("fedavg", 2), ("fedavg", 5), ("scaffold", 3)]
+    )
     def test_resumed_run_ends_on_the_same_bits(self, plan, tmp_path, n_committed, strategy):
         """
         Between two releases, too, the discriminator that goes with the questions is the one in the journal.
@@ -290,7 +298,7 @@ def test_training_needs_no_thread_and_no_global_stream(plan):
     """
     rule = MomentsRule(plan, 0)
     rule.learn({site: released(plan, k, 20) for k, site in enumerate(SITES)}, 1)
-    known = rule._gaussians(rule.table, np.zeros(len(rule.table)))
+    known = rule._gaussians(rule.table[:3], np.zeros((3, 1)))
     torch.manual_seed(1)
     first, _ = trained_on(known, 1.0, 5)
     expected = torch.rand(2)
