@@ -3,8 +3,8 @@
 A discriminator at a site with one scanner learns to say its name and nothing else. So sites release, in rounds that the
 plan fixes, sums over patients of what a discriminator would see: for each scanner a count, the features and, without
 ``[privacy]``, their squares. The server draws samples from Gaussians with these moments and trains the discriminator on
-them (``server.moments``); sites use it frozen (:class:`Confusion`). (Moments per site: Dinsdale et al. 2022, FedHarmony,
-arXiv:2205.15970.)
+them (``server.moments``); sites use it frozen (:class:`Confusion`). (Moments of each site as in FedHarmony, Dinsdale et al., MICCAI
+2022.)
 
 What is described is the mean and spread of features at each depth (``adaptation.pooled``), normalised to length 1, on
 :data:`DIMENSIONS` public random directions: noise on few coordinates leaves something to see.
