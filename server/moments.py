@@ -147,8 +147,8 @@ class MomentsRule:
 
     def _in_use(self, table: Vector, deviation: Vector) -> list[int]:
         """Places of the scanners with enough patients, sure to be no noise."""
-        n, clip = table[:, 0] / self._layout.clip, self._layout.clip
-        return [int(k) for k in np.flatnonzero(n >= np.maximum(FEWEST - 0.5, SURE * deviation / clip))]
+        n, of_n = np.round(table[:, 0] / self._layout.clip, 3), deviation / self._layout.clip
+        return [int(place) for place in np.flatnonzero(n >= np.maximum(FEWEST, SURE * of_n))]
 
     def _gaussians(self, rows: Vector, deviation: Vector) -> Gaussians:
         """Means and variances of the scanners in use, from their rows and the noise of these, ``(scanner, 1)``."""

@@ -3,8 +3,8 @@
 A discriminator at a site with one scanner learns to say its name and nothing else. So sites release, in rounds that the
 plan fixes, sums over patients of what a discriminator would see: for each scanner a count, the features and, without
 ``[privacy]``, their squares. The server draws samples from Gaussians with these moments and trains the discriminator on
-them (``server.moments``); sites use it frozen (:class:`Confusion`). (Moments of each site as in FedHarmony, Dinsdale et al., MICCAI
-2022.)
+them (``server.moments``); sites use it frozen (:class:`Confusion`). (Moments of each site: FedHarmony, Dinsdale et al.,
+MICCAI 2022.)
 
 What is described is the mean and spread of features at each depth (``adaptation.pooled``), normalised to length 1, on
 :data:`DIMENSIONS` public random directions: noise on few coordinates leaves something to see.
@@ -134,7 +134,8 @@ def directions(d: int) -> Vector:
 
 def clip_rows(values: Tensor, clip: float) -> Tensor:
     """Each row, shortened to a norm of at most ``clip``."""
-    return values * (clip / values.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+    norm: Tensor = values.norm(dim=1, keepdim=True)
+    return values * (clip / norm.clamp(min=1e-30)).clamp(max=1)
 
 
 def describe(network: nn.Module, image: Tensor) -> Tensor:

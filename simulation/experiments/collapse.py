@@ -126,7 +126,8 @@ def alone(
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=LEARNING_RATE)
     for _ in range(STEPS):
         optimizer.zero_grad()
-        F.cross_entropy(discriminator(train), torch.full((len(train),), place)).backward()
+        loss = F.cross_entropy(discriminator(train), torch.full((len(train),), place))
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     accuracy = float((discriminator(test).argmax(1) == place).double().mean())
 
