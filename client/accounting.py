@@ -180,7 +180,8 @@ def calibrate(
             f"of {largest:g} it still costs {spent(largest):.3g}.",
             because="The noise follows from epsilon, and this epsilon cannot be kept.",
             remedies=(
-                "ask for a larger epsilon, fewer rounds, or metrics less often (metrics_every) or with more noise",
+                "a larger epsilon, fewer rounds, or metrics (metrics_every) and moments (moments_every) less often or "
+                "with more noise",
                 "let the operator know: the plan has to change",
             ),
         )

@@ -65,6 +65,8 @@ def told(entry: Mapping[str, Any]) -> str:
             parts.append(f"update of {what['values']:,} values in {what['arrays']} arrays, norm {what['norm']:.3g}")
         elif kind == "cost":
             parts.append("cost " + ", ".join(f"{name} {value:g}" for name, value in what["values"].items()))
+        elif kind == "moments":
+            parts += [f"moments of features, {' x '.join(map(str, shape))} values" for shape in what["shapes"].values()]
         else:
             parts.append(f"{kind} {', '.join(what['names'])}")
     return "; ".join(parts) or "an answer with nothing in it"

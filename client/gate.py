@@ -23,8 +23,9 @@ from shared_models.messages import Answer, Question, Refusal, encode_answer
 from shared_models.scanners import is_scanner
 from shared_models.weights import norm_of
 
-Kind = Literal["update", "metric", "count", "cost"]
-"""What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs."""
+Kind = Literal["update", "metric", "count", "cost", "moments"]
+"""What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs,
+sums of features by scanner."""
 
 NoticeKind = Literal["status", "progress", "scanners"]
 """What may leave in a notice: a word about this site, how far it is in a round, the scanners that somebody here typed."""
@@ -53,7 +54,8 @@ class Passed:
     answer: bytes
     manifest: dict[str, Any]
     """For this site's own people: by kind, the ``names`` in it; of an update each array's ``shapes`` and the joint L2
-    ``norm``; of a cost its ``values``, which are arithmetic on public numbers. Nothing else's values."""
+    ``norm``; of moments their ``shapes``; of a cost its ``values``, which are arithmetic on public numbers. Nothing
+    else's values."""
 
 
 class Gate:
@@ -107,6 +109,7 @@ class Gate:
             metrics=values.get("metric", {}),
             counts=values.get("count", {}),
             cost=values.get("cost", {}),
+            moments=values.get("moments", {}),
         )
         return Passed(
             encode_answer(answer), {kind: _manifest(kind, named, norms[kind]) for kind, named in values.items()}
@@ -161,9 +164,9 @@ class Gate:
 
 
 def _manifest(kind: str, values: Mapping[str, Any], norm: float) -> dict[str, Any]:
-    if kind == "update":
+    if kind in ("update", "moments"):
         shapes = {name: list(array.shape) for name, array in values.items()}
-        return {"shapes": shapes, "norm": norm}
+        return {"shapes": shapes, "norm": norm} if kind == "update" else {"shapes": shapes}
     return {"values": dict(values)} if kind == "cost" else {"names": sorted(values)}
 
 
@@ -178,7 +181,13 @@ def _float32(value: Any) -> NDArray[np.float32]:
         return np.asarray(value, np.float32)
 
 
-_EXACT: dict[str, Callable[[Any], Any]] = {"update": _float32, "metric": float, "count": _whole_number, "cost": float}
+_EXACT: dict[str, Callable[[Any], Any]] = {
+    "update": _float32,
+    "metric": float,
+    "count": _whole_number,
+    "cost": float,
+    "moments": _float32,
+}
 """What the values of each kind are made into before they are looked at, so that what is checked is what leaves."""
 
 

@@ -30,11 +30,12 @@ from client.ledger import Agreement, Caps, Spent, check_caps
 from shared_models.errors import FederadError
 from shared_models.messages import Refusal
 from shared_models.plan import Plan, PrivacyTable
+from shared_models.schedule import moments_rounds
 
 Rule = Literal["allowed", "noised", "forbidden"]
 """Whether values of a kind may leave: as they are, only with noise that was paid for, or not at all."""
 
-Kind = Literal["update", "metric", "count", "status", "progress", "scanners"]
+Kind = Literal["update", "metric", "count", "moments", "status", "progress", "scanners"]
 
 ALWAYS = "always"
 
@@ -57,6 +58,7 @@ class Releases(_Table):
     update: Rule | None = Field(default=None, description="weights after training")
     metric: Rule | None = Field(default=None, description="means of measurements over patients")
     count: Rule | None = Field(default=None, description="numbers of patients")
+    moments: Rule | None = Field(default=None, description="sums of features over the patients of each scanner")
     status: Literal["allowed", "forbidden"] = Field(
         default="allowed", description="that a plan was approved or refused"
     )
@@ -231,6 +233,10 @@ class Cost:
     metrics_noise: float | None = None
     unit: Literal["patient", "image"] = "patient"
     images_per_patient: int = 1
+    moments_rounds: range = range(0)
+    """In which moments of features leave."""
+
+    moments_noise: float | None = None
 
     @property
     def is_private(self) -> bool:
@@ -238,11 +244,13 @@ class Cost:
         return self.noise_multiplier > 0
 
     def of_round(self, round_: int) -> tuple[Event, ...]:
-        """What a round releases, counted from 1: its training steps, and the metrics of the weights that came, if due."""
+        """What a round releases, counted from 1: its training steps, and metrics and moments of the weights that came, if
+        due."""
         if not self.is_private:
             return (WITHOUT_PRIVACY,)
-        training = (self._training(self.steps_per_round),)
-        return (*training, *self._metrics(1, "validation")) if self.has_metrics(round_) else training
+        metrics = self._metrics(1, "validation") if self.has_metrics(round_) else ()
+        moments = _moment_events(self.moments_noise, 1) if round_ in self.moments_rounds else ()
+        return (self._training(self.steps_per_round), *metrics, *moments)
 
     def has_metrics(self, round_: int) -> bool:
         """Whether a round releases noised metrics."""
@@ -405,15 +413,17 @@ def cost_of(
     steps = privacy.steps_per_round * plan.rounds
     images = privacy.images_per_patient or 1
     metrics = _metric_events(privacy, plan.rounds)
+    asked, moments_noise = moments_rounds(plan), plan.adaptation.moments_noise if plan.adaptation else None
+    extra = (*metrics, *_moment_events(moments_noise, len(asked)))
     # The epsilon of an image-level plan is an image's; what it means for a patient is reckoned from the noise.
-    counted = metrics if privacy.unit == "patient" else ()
+    counted = extra if privacy.unit == "patient" else ()
     noise = (
         (agreed.noise_multiplier if agreed else None)
         or privacy.noise_multiplier
         or calibrate(_given(privacy), privacy.delta, rate, steps, counted)
     )
     training = Event(noise, rate, steps, unit=privacy.unit, images_per_patient=images)
-    events = (training, *metrics)
+    events = (training, *extra)
     order = spent.order or filter_order(lifetime_cap if math.isfinite(lifetime_cap) else 10.0, lifetime_delta, events)
     return Cost(
         declared_size=size,
@@ -434,6 +444,8 @@ def cost_of(
         metrics_noise=privacy.metrics_noise,
         unit=privacy.unit,
         images_per_patient=images,
+        moments_rounds=asked,
+        moments_noise=moments_noise,
     )
 
 
@@ -450,6 +462,11 @@ def _metric_events(privacy: PrivacyTable, rounds: int) -> Sequence[Event]:
     n = rounds // privacy.metrics_every
     validation = (Event(privacy.metrics_noise, 1.0, n, split="validation"),) if n else ()
     return (*validation, Event(privacy.metrics_noise, 1.0, 1, split="test"))
+
+
+def _moment_events(noise: float | None, n: int) -> tuple[Event, ...]:
+    """So many releases of moments, each a sum over all training patients."""
+    return (Event(noise, 1.0, n, split="train"),) if noise and n else ()
 
 
 def _no(why: str) -> Refused:

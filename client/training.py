@@ -25,6 +25,7 @@ from client.network_contract import check_network
 from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
 from client.steering import Steering
 from shared_models.adaptation import UNKNOWN, Adapted, sample_of, strength_at
+from shared_models.moments import Confusion, describe
 from shared_models.plan import Plan, PrivacyTable
 from shared_models.scanners import ScannerTable
 from shared_models.schedule import learning_rate, local_steps
@@ -136,19 +137,21 @@ class Trainer:
         round_: int,
         correction: Weights | None = None,
         adversary: float = 1.0,
+        discriminator: Weights | None = None,
         on_progress: OnSteps | None = None,
     ) -> Trained:
         """Train for the plan's epochs from ``weights`` and return new minus old.
 
         The optimiser starts afresh, as in federated averaging (McMahan et al. 2017, arXiv:1602.05629). With
         ``proximal_mu`` every step also pulls back towards ``weights``, and a ``correction`` is added to every gradient
-        (``steering``). ``adversary`` is what the run's automatic stop has left of the reversed gradient (``adaptation``).
-        ``on_progress`` is told after each step and changes nothing. A plan with ``[privacy]`` is a ValueError here.
+        (``steering``). ``adversary`` is what the run's automatic stop has left of it (``adaptation``), ``discriminator``
+        what the server has trained on moments. ``on_progress`` is told after each step and changes nothing. A plan with
+        ``[privacy]`` is a ValueError here.
         """
         if self.plan.privacy is not None:
             raise ValueError("a plan with [privacy] trains through train_private, or not at all")
         steering = self._steering(weights, correction)
-        opponent = Adversary.of(self.plan, cohort, round_, adversary)
+        opponent = Adversary.of(self.plan, cohort, round_, adversary, discriminator)
         return self._train(
             weights, cohort, steering, seed=seed, site=site, round_=round_, opponent=opponent, on_progress=on_progress
         )
@@ -216,6 +219,7 @@ class Trainer:
         declared_size: int,
         noise_multiplier: float,
         correction: Weights | None = None,
+        discriminator: Weights | None = None,
         on_progress: OnSteps | None = None,
     ) -> Weights:
         """Train for the plan's private steps from ``weights`` and return new minus old, and nothing else.
@@ -239,6 +243,8 @@ class Trainer:
             Noise over clip: the plan's, or what its epsilon gave for this declared size.
         correction
             Added to every noised gradient; it must not depend on patients but through what has left with noise.
+        discriminator
+            Frozen, from the server, which knows of patients what has left with noise; empty or None for none.
         on_progress
             Told (steps done, steps of the round) after each step.
 
@@ -259,7 +265,7 @@ class Trainer:
         self.network.train()
         steering = self._steering(weights, correction)
         optimizer = build_optimizer(self.plan, self.network, round_)
-        self._adversary = Adversary.of(self.plan, cohort, round_)
+        self._adversary = Adversary.of(self.plan, cohort, round_, discriminator=discriminator)
         with self._gradients(privacy, cohort) as gradients:
             for step in range(privacy.steps_per_round):
                 total = PatientSum(mechanism, sum(p.numel() for p in self.network.parameters()), self.device)
@@ -291,6 +297,12 @@ class Trainer:
         with torch.inference_mode(), self._precision():
             return self.task.predict(self.network, volume, self.device)
 
+    def describe_loaded(self, images: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+        """Features of images with the weights that are in the network now, as moments take them: ``(image, d)``."""
+        with torch.inference_mode(), self._precision():
+            found = describe(self.network, torch.from_numpy(np.stack(images)).to(self.device))
+        return np.asarray(found.cpu().numpy(), np.float64)
+
     def _steering(self, weights: Weights, correction: Weights | None) -> Steering:
         strength = self.plan.strategy.proximal_mu or 0.0
         return Steering(self.network, towards=weights, strength=strength, correction=correction or {})
@@ -300,7 +312,7 @@ class Trainer:
         target = torch.from_numpy(np.stack([s.target for s in samples])).to(self.device)
         optimizer.zero_grad(set_to_none=True)
         with self._precision():
-            output = self.network(image)
+            output = answer_of(self.network, image, self._adversary)
         loss = batch_loss(self.task, output.float(), target, samples)
         if self._adversary is not None:
             self._adversary.oppose(self.network, samples, target)
@@ -360,10 +372,10 @@ class Adversary:
     """What opposes the features at one site in one round."""
 
     places: Mapping[str, int]
-    """Place of each training study's scanner in the plan's table."""
+    """Place of each training study's scanner in the plan's table; empty where none is asked for."""
 
     strength: float
-    """Weight of the reversed gradient."""
+    """Weight of its gradient."""
 
     has_references: bool
     """Whether any training study has a reference."""
@@ -371,9 +383,20 @@ class Adversary:
     ratio: float
     """The plan's ``gradient_ratio``."""
 
+    confusion: Confusion | None = None
+    """With the discriminator that the server has trained, in plans that ask for moments."""
+
     @classmethod
-    def of(cls, plan: Plan, cohort: PatientSource, round_: int, left: float = 1.0) -> Self | None:
-        """The adversary of a plan; None where it has none, or where the site cannot tell scanners apart.
+    def of(
+        cls,
+        plan: Plan,
+        cohort: PatientSource,
+        round_: int,
+        left: float = 1.0,
+        discriminator: Weights | None = None,
+    ) -> Self | None:
+        """The adversary of a plan; None where it has none, where the site cannot tell scanners apart, or where the server
+        has not trained a discriminator that it asks for.
 
         A discriminator that sees one scanner says its name whatever it is shown, and what opposes it learns nothing. Under
         ``[privacy]`` the scanners that the hospital declared decide, since what its patients were scanned with is not
@@ -381,8 +404,15 @@ class Adversary:
         """
         if not plan.is_adversarial or plan.adaptation is None:
             return None
-        table = ScannerTable(plan.adaptation.scanners)
         studies = [study for patient in cohort.patients("train") for study in patient.studies]
+        has_references = plan.privacy is not None or any(not cohort.is_unlabelled(study) for study in studies)
+        strength = left * strength_at(plan.adaptation, round_, plan.rounds)
+        ratio = plan.adaptation.gradient_ratio
+        if plan.asks_for_moments:
+            if not discriminator or strength == 0:
+                return None
+            return cls({}, strength, has_references, ratio, Confusion(discriminator, plan))
+        table = ScannerTable(plan.adaptation.scanners)
         places = {study: table.place(cohort.scanner(study)) for study in studies}
         if plan.privacy is None:
             told_apart = {place for place in places.values() if place != UNKNOWN}
@@ -391,21 +421,22 @@ class Adversary:
         if len(told_apart) < 2:
             log.warning("this site has one scanner of the plan's table and trains without a discriminator")
             return None
-        has_references = plan.privacy is not None or any(not cohort.is_unlabelled(study) for study in studies)
-        strength = left * strength_at(plan.adaptation, round_, plan.rounds)
-        return cls(places, strength, has_references, plan.adaptation.gradient_ratio)
+        return cls(places, strength, has_references, ratio)
 
     def placed(self, sample: Sample, study: str) -> Sample:
-        """The sample with the place of its scanner."""
-        return replace(sample, scanner=self.places[study])
+        """The sample with the place of its scanner, where that is asked for."""
+        return replace(sample, scanner=self.places.get(study, UNKNOWN))
 
     def oppose(self, network: torch.nn.Module, samples: Sequence[Sample], target: Tensor, share: float = 1.0) -> None:
         """Let the next backward pass also move features against the discriminator."""
-        if isinstance(network, Adapted):
+        has_reference = torch.tensor([sample.has_reference for sample in samples], device=target.device)
+        if self.confusion is not None:
+            self.confusion.oppose(has_reference, strength=self.strength, share=share)
+        elif isinstance(network, Adapted):
             network.oppose(
                 torch.tensor([sample.scanner for sample in samples], device=target.device),
                 target,
-                torch.tensor([sample.has_reference for sample in samples], device=target.device),
+                has_reference,
                 strength=self.strength,
                 share=share,
             )
@@ -416,6 +447,14 @@ class Adversary:
         if self.has_references:
             return update
         return {name: array * np.float32(self.ratio) for name, array in update.items()}
+
+
+def answer_of(network: torch.nn.Module, image: Tensor, adversary: Adversary | None) -> Tensor:
+    """What a network in training answers, heard by whoever will oppose its features."""
+    if adversary is not None and adversary.confusion is not None:
+        return adversary.confusion.answer(network, image)
+    output: Tensor = network(image)
+    return output
 
 
 def batch_loss(task: Task, output: Tensor, target: Tensor, samples: Sequence[Sample]) -> Tensor:
@@ -531,7 +570,7 @@ class PatientGradients:
             image = torch.from_numpy(np.stack([s.image for s in part])).to(like)
             target = torch.from_numpy(np.stack([s.target for s in part])).to(like.device)
             with self._precision():
-                output = self._network(image)
+                output = answer_of(self._network, image, self._adversary)
             loss = self._task.loss(output.to(like), target) * (len(part) / len(samples))
             if self._adversary is not None:
                 self._adversary.oppose(self._network, part, target, len(part) / len(samples))

@@ -15,6 +15,7 @@ import torch
 
 from client.gate import Release
 from client.ledger import Reservation
+from client.moments import exact_moments, noised_moments
 from client.own import OwnState
 from client.policy import Cost
 from client.privacy import Mechanism, PatientSum, patient_seed
@@ -22,6 +23,7 @@ from client.side import side_of
 from client.training import OnSteps, Patient, PatientSource, Split, Trainer
 from shared_models.messages import Ask
 from shared_models.noised import NoisedMeans
+from shared_models.schedule import moments_rounds
 from shared_models.volume import Volume
 from shared_models.weights import Weights
 
@@ -45,13 +47,20 @@ def exact_releases(
     if ask.question.kind != "train":
         metrics |= side.own_metrics(cohort) if ask.question.kind == "test" else {}
         return [Release("metric", metrics), Release("count", counts)]
+    moments = []
+    if (round_ := ask.question.round) in moments_rounds(trainer.plan):
+        table = exact_moments(trainer, side.weights, cohort, seed=ask.seed, site=site, round_=round_)
+        moments = [Release("moments", table)]
+    if trainer.plan.asks_for_moments and not has_references(cohort):
+        return [Release("metric", metrics), Release("count", counts | {"trained": 0}), *moments]
     trained = trainer.train(
         side.weights,
         cohort,
         seed=ask.seed,
         site=site,
-        round_=ask.question.round,
+        round_=round_,
         adversary=ask.adversary,
+        discriminator=ask.discriminator,
         correction=side.correction,
         on_progress=on_progress,
     )
@@ -61,7 +70,13 @@ def exact_releases(
         Release("update", side.leaving(trained.update)),
         Release("metric", metrics | {"training_loss": trained.loss}),
         Release("count", counts | {"trained": trained.n_patients}),
+        *moments,
     ]
+
+
+def has_references(cohort: PatientSource) -> bool:
+    """Whether there is anything to train on: a study with a reference."""
+    return any(not cohort.is_unlabelled(study) for patient in cohort.patients("train") for study in patient.studies)
 
 
 def noised_releases(
@@ -75,7 +90,7 @@ def noised_releases(
     reservation: Reservation | None,
     on_progress: OnSteps | None = None,
 ) -> list[Release]:
-    """What a plan with ``[privacy]`` pays for: noised metrics where they are due, noised steps where it trains.
+    """What a plan with ``[privacy]`` pays for: noised metrics and moments where they are due, noised steps where it trains.
 
     Parameters
     ----------
@@ -102,6 +117,8 @@ def noised_releases(
     if cost.has_metrics(question.round):
         metrics = noised_metrics(trainer, side.weights, cohort, "validation", cost.declared_size)
         releases.append(Release("metric", metrics, is_noised=True))
+    if question.round in cost.moments_rounds:
+        releases.append(Release("moments", noised_moments(trainer, side.weights, cohort), is_noised=True))
     update = trainer.train_private(
         side.weights,
         cohort,
@@ -109,6 +126,7 @@ def noised_releases(
         declared_size=cost.declared_size,
         noise_multiplier=cost.noise_multiplier,
         correction=side.correction,
+        discriminator=ask.discriminator,
         on_progress=on_progress,
     )
     if kept := side.kept(update, cohort, 0):

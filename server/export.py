@@ -353,7 +353,7 @@ def inference(plan: Plan) -> dict[str, Any]:
 def _weights(plan: Plan) -> str:
     """The signed weights in a bundle's words, without a discriminator that the network was trained against."""
     file = f"load_file(@bundle_root + '/models/{MODEL}')"
-    if not plan.is_adversarial:
+    if not plan.has_discriminator:
         return f"${file}"
     return f"${{k.removeprefix('network.'): v for k, v in {file}.items() if k.startswith('network.')}}"
 

@@ -27,15 +27,17 @@ from flwr.serverapp import Grid
 
 from server.accumulator import ExactMean, largest_norm
 from server.journal import Journal, RunIdentity
+from server.moments import MomentsRule
 from server.roster import LearntRoster, Roster
 from server.strategies import strategy_for
 from shared_models.adaptation import left_of_adversary
 from shared_models.errors import FederadError
 from shared_models.local_layers import staying
 from shared_models.messages import Answer, Ask, AskKind, Question, asked_sha256, decode_answer, encode_ask
+from shared_models.moments import fault_of
 from shared_models.parcel import INLINE_LIMIT, Reference, pack, pack_reference, trouble_in, unpack
 from shared_models.plan import OF_EACH_SITE, Plan
-from shared_models.schedule import local_steps
+from shared_models.schedule import local_steps, moments_rounds
 from shared_models.task import task_for
 from shared_models.weights import Weights, averaged, difference, norm_of, weights_sha256
 
@@ -104,7 +106,10 @@ class RoundRecord:
     """Of the average over the rounds so far, in plans that release it."""
 
     state_sha256: str | None = None
-    """Of what the strategy remembers, for those that remember something."""
+    """Of what the server remembers from round to round beside the weights, where it remembers something."""
+
+    discriminator: dict[str, Any] | None = None
+    """What became of the moments that were released in it (``moments.Noted``); None where none were asked for."""
 
 
 @dataclass(frozen=True)
@@ -154,16 +159,21 @@ class Exchange:
     After :meth:`answers` is exhausted, ``replied``, ``refused`` and ``missing`` say what became of each site.
     """
 
-    def __init__(self, rounds: Rounds, question: Question, weights: Weights, control: Weights) -> None:
+    def __init__(
+        self, rounds: Rounds, question: Question, weights: Weights, control: Weights, discriminator: Weights
+    ) -> None:
         self._rounds, self._roster, self._grid = rounds, rounds.roster, rounds.grid
         self._question = question
         self._shapes = rounds.shapes
-        self._sent = Ask(question, rounds.seed, weights, control, rounds.adversary)
+        self._sent = Ask(question, rounds.seed, weights, control, rounds.adversary, discriminator)
         self._asked: dict[int, _Asked] = {}
         self._waiting: dict[str, int] = {}
         self._deadline = 0.0
         self._next_look = 0.0
         self._n_most = 0
+        self.n_updates = 0
+        """Good answers with an update; others bring moments alone."""
+
         self.replied: list[str] = []
         self.refused: list[dict[str, str]] = []
         self.missing: list[str] = []
@@ -207,7 +217,8 @@ class Exchange:
         if self._waiting or not self._roster.asks_again:
             return bool(self._waiting)
         lost = [asked for asked in self._asked.values() if not asked.is_done]
-        if len(self.replied) < self._rounds.plan.strategy.minimum_sites:
+        n_counting = self.n_updates if self._question.kind == "train" else len(self.replied)
+        if n_counting < self._rounds.plan.strategy.minimum_sites:
             return bool(lost or self._roster.absent(self._asked))
         return any(now - asked.lost_at < RETURN_S for asked in lost)
 
@@ -299,6 +310,7 @@ class Exchange:
             return None
         self._done(node)
         self.replied.append(answer.site)
+        self.n_updates += bool(answer.update)
         self._rounds.tell("replied", self._question, site=answer.site, metrics=answer.metrics)
         return answer, norm
 
@@ -311,7 +323,12 @@ class Exchange:
         if answer.question != self._question:
             return "answers another question"
         if self._question.kind != "train":
-            return "an update nobody asked for" if answer.update else None
+            return "an update nobody asked for" if answer.update or answer.moments else None
+        if fault := fault_of(answer.moments, self._rounds.plan, self._question.round):
+            return fault
+        return None if self._rounds.trains_nothing(answer) else self._fault_of_update(answer, norm)
+
+    def _fault_of_update(self, answer: Answer, norm: float) -> str | None:
         if mismatch := difference(answer.update, self._shapes):
             return mismatch
         weight = self._rounds.weight_of(answer)
@@ -383,6 +400,7 @@ class Rounds:
         self._weights = weights
         self._on_progress = on_progress
         self._strategy = strategy_for(plan)
+        self._moments = MomentsRule(plan, seed) if plan.asks_for_moments else None
         task = task_for(plan)
         stays = staying(plan, task.build_network()) if plan.strategy.name in OF_EACH_SITE else frozenset()
         self.shapes = {name: array.shape for name, array in weights.items() if name not in stays}
@@ -422,9 +440,14 @@ class Rounds:
         trained = answer.counts.get("trained", 0)
         return min(trained, 1) if self.plan.strategy.weighting == "equal" else trained
 
+    def trains_nothing(self, answer: Answer) -> bool:
+        """Whether a site takes part with moments alone, since nobody has given it a reference."""
+        may = self.plan.asks_for_moments and self.plan.takes_unlabelled
+        return may and not answer.update and answer.counts.get("trained") == 0
+
     @property
     def adversary(self) -> float:
-        """What the automatic stop has left of a plan's reversed gradient."""
+        """What the automatic stop has left of a plan's adversary."""
         return left_of_adversary(self.plan, [(record.validation or {}).get(self._headline) for record in self._records])
 
     def tell(self, what: Any, question: Question, **details: Any) -> None:
@@ -478,7 +501,8 @@ class Rounds:
         if last.average_sha256 is not None:
             self._average = self._journal.committed_average(last.round, last.average_sha256)
         if last.state_sha256 is not None:
-            self._strategy.state = self._journal.committed_state(last.round, last.state_sha256)
+            state = self._journal.committed_state(last.round, last.state_sha256)
+            self._strategy.state = self._moments.restore(state) if self._moments is not None else state
         for record in self._records[:-1]:  # the last round's weights are validated again, with the next question
             self._note_best(record)
         self._on_progress(Progress("resumed", last.round))
@@ -488,9 +512,17 @@ class Rounds:
         mean = ExactMean(self.shapes)
         per_step = ExactMean(self.shapes) if self._strategy.wants_mean_per_step else None
         losses: dict[str, tuple[float, int]] = {}
-        exchange = self._exchange("train", number, self._weights, self._strategy.control(self._weights))
+        control = self._strategy.control(self._weights)
+        discriminator = self._moments.discriminator if self._moments is not None else {}
+        exchange = self._exchange("train", number, self._weights, control, discriminator)
         answers: list[Answer] = []
+        moments: dict[str, Weights] = {}
         for answer, norm in exchange.answers():
+            if answer.moments:
+                moments[answer.site] = {name: array.copy() for name, array in answer.moments.items()}
+            if not answer.update:
+                answers.append(_without_update(answer))
+                continue
             weight = self.weight_of(answer)
             mean.add(answer.update, weight, norm)
             if per_step is not None:
@@ -506,7 +538,10 @@ class Rounds:
             share = len(exchange.replied) / (len(exchange.replied) + len(exchange.refused) + len(exchange.missing))
             self._strategy.learn(per_step.mean(), share=share, round_=number)
         self._weights = self._strategy.step(self._weights, mean.mean())
-        state = self._strategy.state
+        noted = None
+        if self._moments is not None and number in moments_rounds(self.plan):
+            noted = asdict(self._moments.learn(moments, number))
+        state = self._strategy.state | (self._moments.state if self._moments is not None else {})
         if (decay := self.plan.strategy.average_decay) is not None:
             self._average = averaged(self._average, self._weights, number, decay)
         record = RoundRecord(
@@ -520,6 +555,7 @@ class Rounds:
             weights_sha256=weights_sha256(self._weights),
             average_sha256=weights_sha256(self._average) if self._average is not None else None,
             state_sha256=weights_sha256(state) if state else None,
+            discriminator=noted,
         )
         self._records.append(record)
         self._journal.commit(number, asdict(record), self._weights, self._average, state)
@@ -535,10 +571,19 @@ class Rounds:
             self._cost |= {answer.site: dict(answer.cost) for answer in answers if answer.cost}
         return _measured(answers)
 
-    def _exchange(self, kind: AskKind, number: int, weights: Weights, control: Weights | None = None) -> Exchange:
-        known = weights is self._weights and not control and self._records and self._records[-1].weights_sha256
-        sha256 = known or asked_sha256(weights, control or {})
-        return Exchange(self, Question(self.run_id, number, kind, self.plan.sha256, sha256), weights, control or {})
+    def _exchange(
+        self,
+        kind: AskKind,
+        number: int,
+        weights: Weights,
+        control: Weights | None = None,
+        discriminator: Weights | None = None,
+    ) -> Exchange:
+        control, discriminator = control or {}, discriminator or {}
+        is_known = weights is self._weights and not control and not discriminator and self._records
+        sha256 = self._records[-1].weights_sha256 if is_known else asked_sha256(weights, control, discriminator)
+        question = Question(self.run_id, number, kind, self.plan.sha256, sha256)
+        return Exchange(self, question, weights, control, discriminator)
 
     def _note_validation(self, measured: Measured) -> None:
         """Write down what the sites measured of the newest round's weights."""
@@ -563,14 +608,14 @@ class Rounds:
         return self._best[1] or self.plan.rounds if self.plan.strategy.release == "best" else self.plan.rounds
 
     def _require_minimum(self, exchange: Exchange, number: int) -> None:
-        if len(exchange.replied) >= self.plan.strategy.minimum_sites:
+        if exchange.n_updates >= self.plan.strategy.minimum_sites:
             return
         others = [f"{e['site']} ({e['reason']})" for e in exchange.refused] + [
             f"{s} (no reply)" for s in exchange.missing
         ]
         raise FederadError(
             "S180",
-            happened=f"Round {number} is paused: {len(exchange.replied)} of {exchange.n_asked} sites gave a good reply, "
+            happened=f"Round {number} is paused: {exchange.n_updates} of {exchange.n_asked} sites gave a good reply, "
             f"the plan needs {self.plan.strategy.minimum_sites}. Without one: {', '.join(others) or 'none'}.",
             because=f"Fewer sites would make another model than the one agreed on. Rounds up to {number - 1} are kept.",
             remedies=(

@@ -9,6 +9,8 @@ several depths (Kamnitsas et al. 2017, arXiv:1612.08894), and the features learn
 are averaged like all others, so under ``[privacy]`` they lie in the same clipped and noised vector. The reversed gradient
 joins the task's where features arise, sample by sample, and measures at most ``gradient_ratio`` of it there: an adversary
 without a bound destroys what it should protect. No term depends on other samples.
+
+Where sites have one scanner each, the server trains the discriminator instead: ``moments``.
 """
 
 from __future__ import annotations
@@ -183,14 +185,14 @@ class Adapted(nn.Module):
         Any that maps ``(batch, channel, [z,] y, x)`` to one tensor. Features are the outputs of its activation modules:
         on the way down, the last one at each resolution.
     plan
-        One with an adversary.
+        One whose sites train a discriminator.
     """
 
     def __init__(self, network: nn.Module, plan: Plan) -> None:
         super().__init__()
         table = plan.adaptation
-        if table is None or table.adversarial is None:
-            raise ValueError("the plan has no adversary")
+        if table is None or table.adversarial != "scanner":
+            raise ValueError("the plan has no discriminator that sites train")
         self.network = network
         self._ratio = table.gradient_ratio
         self._n_scanners = len(ScannerTable(table.scanners))
@@ -210,7 +212,7 @@ class Adapted(nn.Module):
         if not (self.training and torch.is_grad_enabled()):
             answer: Tensor = self.network(image)
             return answer
-        with _Listening(self.network, self._taps) as features:
+        with Listening(self.network, self._taps) as features:
             answer = self.network(image)
         self._features = features
         return answer
@@ -291,7 +293,7 @@ def pooled(features: Sequence[Tensor]) -> Tensor:
 def describe(network: nn.Module, image: Tensor) -> Tensor:
     """What a discriminator sees of each image, ``(batch, d)``; ``network`` has none of its own."""
     taps, _ = find_taps(network, image[:1])
-    with _Listening(network, taps) as features:
+    with Listening(network, taps) as features:
         network(image)
     return pooled(features)
 
@@ -359,7 +361,7 @@ def left_of_adversary(plan: Plan, validations: Sequence[float | None]) -> float:
     return (1.0, 0.5, 0.0)[min(n_falls, 2)]
 
 
-class _Listening:
+class Listening:
     """Collects what tapped modules give, in the order of the taps, for as long as the context lasts."""
 
     def __init__(self, network: nn.Module, taps: Sequence[Tap]) -> None:

@@ -70,7 +70,9 @@ class Ask:
     control: Weights = field(default_factory=dict)
     """The server's control variate, named like the weights, for the strategy that has one."""
     adversary: float = 1.0
-    """What the run's automatic stop has left of the plan's reversed gradient, 0 to 1; read where there is an adversary."""
+    """What the run's automatic stop has left of the plan's adversary, 0 to 1; read where there is one."""
+    discriminator: Weights = field(default_factory=dict)
+    """The one that the server has trained on feature moments (``moments``); empty where there is none."""
 
 
 COST = frozenset({"epsilon", "delta", "declared_size"})
@@ -99,20 +101,29 @@ class Answer:
     """Under ``[privacy]``: ``epsilon`` and ``delta`` of the run so far for a patient, and the ``declared_size`` they follow
     from; also ``image_epsilon``, of the whole run, if the plan's unit is one image. Arithmetic on public numbers."""
 
+    moments: Weights = field(default_factory=dict)
+    """Sums of features by scanner, in rounds in which the plan asks for them (``moments``)."""
+
 
 CONTROL = "control:"
 """Before the name of each array of a control variate; no parameter's name has a colon."""
 
+DISCRIMINATOR = "discriminator:"
+"""Before the name of each array of a discriminator that came from the server."""
 
-def asked_sha256(weights: Weights, control: Weights) -> str:
+MOMENTS = "moments:"
+"""Before the name of each array of moments."""
+
+
+def asked_sha256(weights: Weights, control: Weights, discriminator: Weights | None = None) -> str:
     """SHA-256 of all arrays of a question, 64 hex digits; that of the weights where there is nothing else."""
-    return weights_sha256(_together(weights, control))
+    return weights_sha256(_together(weights, control, discriminator or {}))
 
 
 def encode_ask(ask: Ask) -> bytes:
     """The bytes of a question."""
     header = {**asdict(ask.question), "seed": ask.seed, "adversary": ask.adversary}
-    return encode(_together(ask.weights, ask.control), json.dumps(header, sort_keys=True))
+    return encode(_together(ask.weights, ask.control, ask.discriminator), json.dumps(header, sort_keys=True))
 
 
 def decode_ask(data: bytes) -> Ask:
@@ -131,13 +142,24 @@ def decode_ask(data: bytes) -> Ask:
         raise _unreadable("what is left of the adversary is no share")
     if not _is_int(seed) or question.weights_sha256 != weights_sha256(arrays):
         raise _unreadable("the weights are not the ones it names")
-    control = {name.removeprefix(CONTROL): array for name, array in arrays.items() if name.startswith(CONTROL)}
-    weights = {name: array for name, array in arrays.items() if not name.startswith(CONTROL)}
-    return Ask(question, seed, weights, control, adversary)
+    rest, control = parted(arrays, CONTROL)
+    weights, discriminator = parted(rest, DISCRIMINATOR)
+    return Ask(question, seed, weights, control, adversary, discriminator)
 
 
-def _together(weights: Weights, control: Weights) -> Weights:
-    return weights | {CONTROL + name: array for name, array in control.items()}
+def _together(weights: Weights, control: Weights, discriminator: Weights) -> Weights:
+    return weights | prefixed(CONTROL, control) | prefixed(DISCRIMINATOR, discriminator)
+
+
+def prefixed(prefix: str, arrays: Weights) -> Weights:
+    """The arrays under names that begin with ``prefix``."""
+    return {prefix + name: array for name, array in arrays.items()}
+
+
+def parted(arrays: Weights, prefix: str) -> tuple[Weights, Weights]:
+    """The arrays whose names do not begin with ``prefix``, and those that do, under the rest of their names."""
+    others = {name: array for name, array in arrays.items() if not name.startswith(prefix)}
+    return others, {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -150,7 +172,8 @@ def encode_answer(answer: Answer) -> bytes:
         "counts": dict(answer.counts),
         "cost": dict(answer.cost),
     }
-    return encode(answer.update, json.dumps(header, sort_keys=True, allow_nan=False))
+    arrays = answer.update | prefixed(MOMENTS, answer.moments)
+    return encode(arrays, json.dumps(header, sort_keys=True, allow_nan=False))
 
 
 def decode_answer(data: bytes) -> Answer:
@@ -161,7 +184,8 @@ def decode_answer(data: bytes) -> Answer:
     FederadError
         M211 if the bytes are not a whole answer.
     """
-    update, text = decode(data)
+    arrays, text = decode(data)
+    update, moments = parted(arrays, MOMENTS)
     header = _header(text, {"site", "question", "refusal", "metrics", "counts", "cost"})
     site, refusal, metrics, counts, cost = (header[key] for key in ("site", "refusal", "metrics", "counts", "cost"))
     question = None if header["question"] is None else _question(header["question"])
@@ -179,7 +203,7 @@ def decode_answer(data: bytes) -> Answer:
         raise _unreadable("a cost lacks one of its figures, or has another")
     if cost and (min(cost.values()) < 0 or not 1 <= cost["declared_size"] < 2**31):
         raise _unreadable("a cost is none that can be")
-    return Answer(site, question, refusal, update, metrics, counts, cost)
+    return Answer(site, question, refusal, update, metrics, counts, cost, moments)
 
 
 def _header(text: str, keys: set[str]) -> dict[str, Any]:

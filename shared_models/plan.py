@@ -30,6 +30,9 @@ NOT_YET = ("secure_sum",)
 ADVERSARIAL_ONLY = ("strength", "conditional", "gradient_ratio", "warm_up", "scanners")
 """Keys of ``[adaptation]`` that have a meaning beside ``adversarial`` alone."""
 
+MOMENTS_ONLY = ("moments_every", "moments_clip", "moments_noise")
+"""Those that have one for ``adversarial = "moments"`` alone."""
+
 WITHOUT_PRIVACY_ONLY = {"epochs": "steps_per_round", "batch_size": "patients_per_step"}
 """Keys of ``[training]`` that have no meaning under ``[privacy]``, and the key there that takes their place."""
 
@@ -533,13 +536,13 @@ class AdaptationTable(_Table):
     appearance: bool = Field(
         default=False, description="vary contrast, shading, blur and noise of training samples: true or false"
     )
-    adversarial: Literal["scanner"] | None = Field(
+    adversarial: Literal["scanner", "moments"] | None = Field(
         default=None,
-        description='"scanner": features learn to hide the scanner from a discriminator, at sites with several; leave it '
-        "out for none",
+        description='"scanner": features learn to hide the scanner from a discriminator, at sites with several; "moments": '
+        "from one that the server trains on moments of features, where sites have one each; leave it out for none",
     )
     strength: float = Field(
-        default=0.3, gt=0, le=100, description="weight of the reversed gradient after the warm-up, above 0"
+        default=0.3, gt=0, le=100, description="weight of the gradient that hides scanners after the warm-up, above 0"
     )
     conditional: bool = Field(
         default=False, description="tell scanners apart among samples of the same label: true or false"
@@ -548,10 +551,10 @@ class AdaptationTable(_Table):
         default=0.2,
         gt=0,
         le=1,
-        description="most that a sample's reversed gradient may measure beside the task's, at each depth: above 0, to 1",
+        description="most that a sample's gradient against scanners may be beside the task's, at each depth: above 0, to 1",
     )
     warm_up: float = Field(
-        default=0.2, ge=0, lt=1, description="share of the rounds before the reversed gradient begins, 0 to below 1"
+        default=0.2, ge=0, lt=1, description="share of the rounds before that gradient begins, 0 to below 1"
     )
     scanners: tuple[str, ...] | None = Field(
         default=None,
@@ -559,6 +562,21 @@ class AdaptationTable(_Table):
         max_length=64,
         description='scanners to tell apart, such as ["SIEMENS 3 T", "GE SIGNA Vesper 1.5 T"]; all others count as one; '
         "leave it out for makers and field strengths",
+    )
+    moments_every: int = Field(
+        default=5, ge=1, le=10_000, description='rounds between releases of moments, for adversarial = "moments" only'
+    )
+    moments_clip: float = Field(
+        default=1.0,
+        ge=0.01,
+        le=100,
+        description="largest L2 norm of a patient's mean features, which measure about 1, in a release of moments",
+    )
+    moments_noise: float | None = Field(
+        default=None,
+        ge=0.01,
+        le=1000,
+        description='noise multiplier of one release of moments, for adversarial = "moments" with [privacy] only',
     )
 
     @model_validator(mode="after")
@@ -581,6 +599,27 @@ class AdaptationTable(_Table):
                 f"{said[0]} without adversarial",
                 "A key that nothing reads would be ignored in silence.",
                 f'set adversarial = "scanner" under [adaptation], or remove {said[0]}',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments(self) -> Self:
+        said = [key for key in MOMENTS_ONLY if key in self.model_fields_set and getattr(self, key) is not None]
+        if self.adversarial != "moments" and said:
+            raise _ContradictionError(
+                f"adaptation.{said[0]}",
+                f"{said[0]} with adversarial = {json.dumps(self.adversarial)}"
+                if self.adversarial
+                else f"{said[0]} alone",
+                "No moments leave then, so the key would be ignored.",
+                f'set adversarial = "moments" under [adaptation], or remove {said[0]}',
+            )
+        if self.adversarial == "moments" and self.conditional:
+            raise _ContradictionError(
+                "adaptation.conditional",
+                'conditional with adversarial = "moments"',
+                "Moments are those of a scanner, and of no label.",
+                'remove conditional from [adaptation], or set adversarial = "scanner"',
             )
         return self
 
@@ -765,9 +804,35 @@ class Plan(_Table):
         if self.is_adversarial and self.privacy is not None and self.privacy.unit == "image":
             raise _ContradictionError(
                 "adaptation.adversarial",
-                'adversarial = "scanner" with unit = "image" under [privacy]',
-                "The reversed gradient is bounded for each patient, and nothing takes it apart into images.",
+                f'adversarial = {json.dumps(self.adaptation and self.adaptation.adversarial)} with unit = "image" under '
+                "[privacy]",
+                "What hides scanners is bounded for each patient, and nothing takes it apart into images.",
                 'set unit = "patient" under [privacy], or remove adversarial from [adaptation]',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moments_have_their_noise(self) -> Self:
+        if not self.asks_for_moments or self.adaptation is None:
+            return self
+        noise = self.adaptation.moments_noise
+        if (self.privacy is not None) != (noise is not None):
+            raise _ContradictionError(
+                "adaptation.moments_noise",
+                'adversarial = "moments" with [privacy] and without moments_noise'
+                if noise is None
+                else f"moments_noise = {noise:g} without [privacy]",
+                "Under [privacy] moments leave with noise of their own, for which the run's epsilon pays, and only there.",
+                "add moments_noise = 10.0 under [adaptation], or remove adversarial"
+                if noise is None
+                else "remove moments_noise from [adaptation]",
+            )
+        if self.rounds < 2:
+            raise _ContradictionError(
+                "adaptation.adversarial",
+                'adversarial = "moments" with rounds = 1',
+                "The discriminator is trained after a round and used in the next.",
+                "set rounds = 2 or more",
             )
         return self
 
@@ -777,8 +842,18 @@ class Plan(_Table):
         return self.adaptation is not None and self.adaptation.adversarial is not None
 
     @property
+    def has_discriminator(self) -> bool:
+        """Whether a discriminator of scanners is trained at the sites, and its parameters travel with the network's."""
+        return self.adaptation is not None and self.adaptation.adversarial == "scanner"
+
+    @property
+    def asks_for_moments(self) -> bool:
+        """Whether sites release moments of features, on which the server trains a discriminator of scanners."""
+        return self.adaptation is not None and self.adaptation.adversarial == "moments"
+
+    @property
     def takes_unlabelled(self) -> bool:
-        """Whether studies without a reference take part in training: they show the discriminator their scanner.
+        """Whether studies without a reference take part in training: they show a discriminator their scanner.
 
         Not under ``[privacy]``: there the bound on a patient's reversed gradient is the task's gradient of that patient.
         """
@@ -1077,8 +1152,9 @@ class Plan(_Table):
         if self.privacy is not None:
             for key in WITHOUT_PRIVACY_ONLY:
                 del tables["training"][key]
-        if self.adaptation is not None and self.adaptation.adversarial is None:
-            for key in ADVERSARIAL_ONLY:
+        if self.adaptation is not None:
+            unread = () if self.is_adversarial else ADVERSARIAL_ONLY
+            for key in (*unread, *(("conditional",) if self.asks_for_moments else MOMENTS_ONLY)):
                 tables["adaptation"].pop(key, None)
         return json.dumps(tables, sort_keys=True, separators=(",", ":"))
 

@@ -1,4 +1,4 @@
-"""What both sides reckon of a site's training from public numbers: step sizes and numbers of steps."""
+"""What both sides reckon of a site's training from public numbers: step sizes, numbers of steps, and when moments leave."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def learning_rate(plan: Plan, round_: int) -> float:
     if plan.training.schedule == "constant":
         return plan.training.learning_rate
     return plan.training.learning_rate * 0.5 * (1 + math.cos(math.pi * (round_ - 1) / plan.rounds))
+
+
+def moments_rounds(plan: Plan) -> range:
+    """The rounds in which sites release moments of features; none in most plans.
+
+    From the round before the first in which features are moved, every ``moments_every`` rounds, and not in the last one,
+    after which no discriminator is used.
+    """
+    table = plan.adaptation
+    if table is None or not plan.asks_for_moments:
+        return range(0)
+    first = next(r for r in range(1, plan.rounds + 1) if (r - 1) / max(plan.rounds - 1, 1) > table.warm_up)
+    return range(first - 1, plan.rounds, table.moments_every)
 
 
 def local_steps(plan: Plan, n_patients: int) -> int:

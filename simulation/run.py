@@ -312,24 +312,37 @@ def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> 
 
 
 def require_scanners(request: Request, sites: list[SiteFolder]) -> None:
-    """R112 for a plan with an adversary where no site has two scanners."""
+    """R112 for a plan with an adversary where no site has two scanners; R113 for one that asks for moments, where all sites
+    together have fewer."""
     plan = request.plan
     if plan.adaptation is None or not plan.is_adversarial:
         return
     table = ScannerTable(plan.adaptation.scanners)
-    alone = []
+    told_apart: list[set[int]] = []
     for site in sites:
         cohort = cohort_of(site, plan)
         studies = [study for patient in cohort.patients("train") for study in patient.studies]
-        if len({table.place(cohort.scanner(study)) for study in studies} - {UNKNOWN}) < 2:
-            alone.append(site.name)
-    if len(alone) == len(sites):
+        told_apart.append({table.place(cohort.scanner(study)) for study in studies} - {UNKNOWN})
+    if plan.asks_for_moments:
+        if len(set().union(*told_apart)) < 2:
+            raise FederadError(
+                "R113",
+                happened=f"The {len(sites)} sites together have fewer than two scanners that the plan tells apart.",
+                because="A discriminator needs two to tell apart, wherever it is trained.",
+                remedies=(
+                    'deal more scanners to the sites: scanners = ["siemens-t1gd-3t", "ge-t2-1.5t"] under [simulation]',
+                    "or remove adversarial from [adaptation]",
+                ),
+            )
+        return
+    if all(len(places) < 2 for places in told_apart):
         raise FederadError(
             "R112",
             happened=f"None of the {len(sites)} sites has studies of two scanners that the plan tells apart.",
             because="A discriminator that sees one scanner says its name whatever it is shown.",
             remedies=(
                 'join scanners of a site: scanners = ["siemens-t1gd-3t+ge-t2-1.5t"] under [simulation]',
+                'or set adversarial = "moments", for sites with one scanner each',
                 "or remove adversarial from [adaptation]",
             ),
         )

@@ -50,12 +50,12 @@ NOT_BY_IMAGE = frozenset({"segresnet", "dynunet"})
 
 
 def build(plan: Plan) -> nn.Module:
-    """The network that a plan names, freshly initialised, with a discriminator where the plan asks for an adversary.
+    """The network that a plan names, freshly initialised, with a discriminator where the sites train one.
 
     The network's own parameters are the same with and without.
     """
     network: nn.Module = look_up(NETWORKS, plan.task.network)(plan)
-    if not plan.is_adversarial:
+    if not plan.has_discriminator:
         return network
     from shared_models.adaptation import Adapted
 

@@ -35,6 +35,8 @@ SEALED = "tests/client/data/test_sealed.py"
 DEIDENTIFIED = "tests/client/data/test_deidentify.py"
 PREDICTED = "tests/client/data/test_inference.py"
 IDENTITY = "tests/client/data/test_archive_identity.py"
+MOMENTS = "tests/client/test_site_moments.py"
+LAYOUT = "tests/shared_models/test_moments.py"
 AVERAGE = "tests/server/test_rounds.py::TestRun::test_average_over_rounds_is_tested_and_released"
 
 
@@ -707,8 +709,8 @@ _ACCOUNTING = (
         "metrics for free",
         (
             "client/policy.py",
-            'return (*training, *self._metrics(1, "validation")) if self.has_metrics(round_) else training',
-            "return training",
+            'metrics = self._metrics(1, "validation") if self.has_metrics(round_) else ()',
+            "metrics = ()",
         ),
         caught_by=(f"{POLICY}::TestCost::test_metrics_are_priced_with_the_run",),
     ),
@@ -1141,4 +1143,99 @@ _KEPT = (
     ),
 )
 
-PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR, *_TOLD, *_KEPT)
+_MOMENTS = (
+    patch(
+        "moments without noise",
+        (
+            "client/moments.py",
+            "total.noised(trainer.randomness).numpy()",
+            "(total.integers.double() * mechanism.grid).numpy()",
+        ),
+        caught_by=(f"{MOMENTS}::TestPrivately::test_nobody_there_releases_noise_of_the_size_that_was_paid_for",),
+    ),
+    patch(
+        "moments clipped for each scanner",
+        ("shared_models/moments.py", "clipped, squares]) / len(features)", "clipped, squares])"),
+        (
+            "client/moments.py",
+            'is_added = total.add(torch.from_numpy(vector.ravel()), patient_seed(secret, patient.key, "rounding"))',
+            "rows = [vector * (np.arange(len(vector)) == k)[:, None] for k in range(len(vector))]\n"
+            "            is_added = all([total.add(torch.from_numpy(row.ravel()), 0) for row in rows])",
+        ),
+        caught_by=(
+            f"{MOMENTS}::TestPrivately::test_one_patient_more_moves_the_sum_by_at_most_the_clip",
+            f"{LAYOUT}::TestLayout::test_one_patient_adds_a_vector_of_bounded_norm_over_all_scanners",
+        ),
+    ),
+    patch(
+        "moments of unclipped features",
+        (
+            "shared_models/moments.py",
+            "clipped = feature * min(1.0, self.clip / max(float(np.linalg.norm(feature)), 1e-30))",
+            "clipped = feature",
+        ),
+        caught_by=(f"{LAYOUT}::TestLayout::test_one_patient_adds_a_vector_of_bounded_norm_over_all_scanners",),
+    ),
+    patch(
+        "moments that nobody is charged for",
+        (
+            "client/policy.py",
+            "moments = _moment_events(self.moments_noise, 1) if round_ in self.moments_rounds else ()",
+            "moments = ()",
+        ),
+        caught_by=(
+            f"{POLICY}::TestCost::test_moments_are_priced_with_the_run",
+            f"{MOMENTS}::TestStation::test_moments_leave_in_their_rounds_and_are_charged_with_them",
+        ),
+    ),
+    patch(
+        "moments missing in the price of a run",
+        ("client/policy.py", "extra = (*metrics, *_moment_events(moments_noise, len(asked)))", "extra = metrics"),
+        caught_by=(
+            f"{POLICY}::TestCost::test_moments_are_priced_with_the_run",
+            f"{MOMENTS}::TestStation::test_price_that_a_hospital_sees_before_it_approves_holds_them",
+        ),
+    ),
+    patch(
+        "moments of scanners found among patients",
+        (
+            "client/moments.py",
+            "for name in cohort.declared_scanners or ()}",
+            'for name in [cohort.scanner(s) for p in cohort.patients("train") for s in p.studies]}',
+        ),
+        caught_by=(f"{MOMENTS}::TestPrivately::test_rows_of_scanners_that_nobody_declared_are_zero",),
+    ),
+    patch(
+        "exact moments of a few patients",
+        ("client/moments.py", "total[n_patients < FEWEST] = 0", "total[n_patients < 1] = 0"),
+        caught_by=(f"{MOMENTS}::TestExactly::test_scanner_with_too_few_patients_is_left_out",),
+    ),
+    patch(
+        "patient without features ends the release of moments",
+        (
+            "client/moments.py",
+            "        except Exception as error:\n            reason = type(error).__name__\n",
+            "        except ZeroDivisionError as error:\n            reason = type(error).__name__\n",
+        ),
+        caught_by=(f"{MOMENTS}::TestPrivately::test_patient_who_cannot_be_described_adds_nothing_and_stays_silent",),
+    ),
+    patch(
+        "moments that nobody asked for are taken",
+        ("shared_models/moments.py", "if round_ not in moments_rounds(plan):", "if False:"),
+        caught_by=(
+            f"{LAYOUT}::TestFault::test_what_a_site_releases_is_taken",
+            "tests/server/test_server_moments.py::TestRun::test_other_moments_are_refused_and_the_round_goes_on",
+        ),
+    ),
+    patch(
+        "discriminator forgotten by a run that goes on",
+        (
+            "server/moments.py",
+            'rest, self.discriminator = parted(own, "discriminator.")',
+            'rest, _ = parted(own, "d.")',
+        ),
+        caught_by=("tests/server/test_server_moments.py::TestRun::test_resumed_run_ends_on_the_same_bits",),
+    ),
+)
+
+PATCHES = (*_THE_NINE, *_MECHANISM, *_LOOP, *_PLANS, *_LEDGER, *_ACCOUNTING, *_DOOR, *_TOLD, *_KEPT, *_MOMENTS)

@@ -21,6 +21,7 @@ VALUES = {
     "metric": {"dice": 0.75, "training_loss": 0.5},
     "count": {"trained": 3, "measured": 1},
     "cost": {"epsilon": 2.5, "delta": 1e-5, "declared_size": 200.0},
+    "moments": {"table": np.array([[1.0, 0.5], [0.0, 0.0]], np.float32)},
 }
 
 
@@ -61,7 +62,7 @@ class TestRelease:
         """
         A new kind of release is a decision: it changes this list, and the answer has a field for each and no other.
         """
-        assert get_args(Kind) == ("update", "metric", "count", "cost")
+        assert get_args(Kind) == ("update", "metric", "count", "cost", "moments")
         assert [field.name for field in fields(Answer)] == [
             "site",
             "question",
@@ -70,11 +71,13 @@ class TestRelease:
             "metrics",
             "counts",
             "cost",
+            "moments",
         ]
 
     def test_manifest_says_what_left_and_no_value_of_it(self, gate):
         """
-        Names, the shapes and the norm of an update, and the cost, which is public arithmetic; not a metric, not a count.
+        Names, the shapes and the norm of an update, the shape of moments, and the cost, which is public arithmetic; not a
+        metric, not a count.
         """
         manifest = gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).manifest
 
@@ -83,6 +86,7 @@ class TestRelease:
             "metric": {"names": ["dice", "training_loss"]},
             "count": {"names": ["measured", "trained"]},
             "cost": {"values": VALUES["cost"]},
+            "moments": {"shapes": {"table": [2, 2]}},
         }
 
     @pytest.mark.parametrize("kind", get_args(Kind))
@@ -92,6 +96,7 @@ class TestRelease:
         """
         answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind])]).answer)
         left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts, "cost": answer.cost}
+        left["moments"] = answer.moments
 
         assert {name for name, value in left.items() if value} == {kind}
 
@@ -141,7 +146,7 @@ class TestRelease:
 
 
 class TestPrivacy:
-    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    @pytest.mark.parametrize("kind", ["update", "metric", "count", "moments"])
     @pytest.mark.parametrize("rule", [None, "allowed", "noised", "forbidden"])
     def test_what_has_no_noise_is_stopped(self, kind, rule):
         """
@@ -156,7 +161,7 @@ class TestPrivacy:
     @pytest.mark.parametrize(
         ("rule", "leaves"), [(None, True), ("allowed", True), ("noised", True), ("forbidden", False)]
     )
-    @pytest.mark.parametrize("kind", ["update", "metric"])
+    @pytest.mark.parametrize("kind", ["update", "metric", "moments"])
     def test_what_was_paid_for_leaves_unless_it_is_forbidden(self, kind, rule, leaves):
         """
         With noise a kind leaves, and what the hospital forbids stays all the same.
@@ -165,9 +170,10 @@ class TestPrivacy:
         passed = gate.release(QUESTION, [Release(kind, VALUES[kind], is_noised=True)], is_private=True)
         answer = decode_answer(passed.answer)
 
-        assert bool({"update": answer.update, "metric": answer.metrics}[kind]) is leaves
+        left = {"update": answer.update, "metric": answer.metrics, "moments": answer.moments}
+        assert bool(left[kind]) is leaves
 
-    @pytest.mark.parametrize("kind", ["update", "metric", "count"])
+    @pytest.mark.parametrize("kind", ["update", "metric", "count", "moments"])
     def test_policy_that_asks_for_noise_keeps_exact_values_of_any_plan(self, kind):
         """
         "noised" lets nothing exact out, from a plan without [privacy] either.

@@ -27,11 +27,15 @@ from client.site import SiteConfig
 from client.station import Station
 from shared_models.errors import FederadError
 from shared_models.messages import Ask, Question, decode_answer, encode_ask
+from shared_models.moments import Layout
 from shared_models.plan import Plan
 
 DECLARED = 20
 
 RUN = "run-a"
+
+SCANNERS = ("SIEMENS 3 T", "GE 1.5 T", "PHILIPS 3 T", "CANON 1.5 T")
+MOMENTS_NOISE = 6.0
 
 PIECES = {
     "ledger": (FILE,),
@@ -43,7 +47,7 @@ PIECES = {
 
 @pytest.fixture(scope="module")
 def plan(smoke_plan) -> Plan:
-    """Four rounds of one step, metrics in every second."""
+    """Four rounds of one step, metrics in every second, moments in the second."""
     privacy_ = {
         "noise_multiplier": 4.0,
         "patients_per_step": 4,
@@ -58,6 +62,7 @@ def plan(smoke_plan) -> Plan:
         data={"patch": [32, 32]},
         task={"channels": [2, 4]},
         training={"optimizer": "sgd", "samples_per_patient": 1},
+        adaptation={"adversarial": "moments", "moments_noise": MOMENTS_NOISE, "warm_up": 0.5},
     )
 
 
@@ -66,7 +71,8 @@ def approved(plan, hospitals, tmp_path_factory) -> Path:
     """A station that has approved the plan, before any question; the trainer it will use is warm in this process."""
     folder = tmp_path_factory.mktemp("approved") / "station"
     policy = Policy(lifetime_epsilon=1e3, run_epsilon=1e3, minimum_patients=1)
-    config = SiteConfig(name="site-1", data=str(hospitals[0].folder), device="cpu", policy=policy)
+    data = str(hospitals[0].folder)
+    config = SiteConfig(name="site-1", data=data, device="cpu", policy=policy, scanners=SCANNERS)
     Station.create(folder, config).approve(plan, declared_size=DECLARED)
     warm = shutil.copytree(folder, folder.with_name("warm"))
     for round_ in (1, 2):
@@ -93,16 +99,24 @@ class World:
 
     def n_steps_drawn(self) -> int:
         """Training steps for which noise was drawn, in any process, dead or alive."""
-        n_values = sum(array.size for array in ask_of(self.plan).weights.values())
+        return self._n_drawn(sum(array.size for array in ask_of(self.plan).weights.values()))
+
+    def n_moments_drawn(self) -> int:
+        """The same of releases of moments."""
+        return self._n_drawn(len(SCANNERS) * Layout.of(self.plan).shape[1])
+
+    def _n_drawn(self, n_values: int) -> int:
         return sum(int(line.split()[0]) == n_values for line in self._lines())
 
     def _lines(self) -> list[str]:
         return self.drawn.read_text().splitlines() if self.drawn.exists() else []
 
     def assert_holds(self) -> None:
-        """What must be true at any time: steps were charged before they were taken, and no stream came twice."""
+        """What must be true at any time: steps and moments were charged before they were made, and no stream came twice."""
         of_training = [c for c in self.spent.charges if c.question.kind == "train"]
         assert self.n_steps_drawn() <= len(of_training) * self.plan.privacy.steps_per_round
+        moments = [e for c in of_training for e in c.events if e.noise_multiplier == MOMENTS_NOISE]
+        assert self.n_moments_drawn() <= len(moments)
         assert len({line.split()[1] for line in self._lines()}) == len(self._lines())
 
 

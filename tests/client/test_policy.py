@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.accounting import WITHOUT_PRIVACY, epsilon
+from client.accounting import WITHOUT_PRIVACY, Event, epsilon
 from client.ledger import Caps, Ledger, Spent
 from client.policy import (
     Cost,
@@ -25,7 +25,7 @@ from client.policy import (
 )
 from shared_models.errors import FederadError
 from shared_models.messages import Question
-from shared_models.plan import Plan, PrivacyTable
+from shared_models.plan import AdaptationTable, Plan, PrivacyTable
 
 NOON = datetime(2026, 3, 1, 12, 0)
 
@@ -60,6 +60,10 @@ def charged(folder, cost: Cost, run: str, plan: Plan) -> Spent:
         question = Question(run, round_, "train", plan.sha256, "a" * 64)
         ledger.reserve(question, cohort="k", events=cost.of_round(round_), whole_run=cost.events, caps=open_caps)
     return ledger.spent()
+
+
+def without_moments(cost: Cost) -> Cost:
+    return replace(cost, moments_rounds=range(0))
 
 
 class TestCost:
@@ -110,6 +114,23 @@ class TestCost:
         assert len([event for event in rounds if event.split == "validation"]) == 4
         assert epsilon([*rounds, *cost.of_test()], 1e-5) == epsilon(cost.events, 1e-5) == cost.epsilon
         assert cost_of(private, 200, Spent()).of_test() == ()
+
+    def test_moments_are_priced_with_the_run(self, private):
+        """
+        Training patients pay for each release of moments in the same sum as for their steps, so these get more noise.
+        """
+        table = AdaptationTable(adversarial="moments", moments_every=4, moments_noise=10.0, warm_up=0.5)
+        plan = private.model_copy(update={"adaptation": table})
+        cost, without = cost_of(plan, 200, Spent()), cost_of(private, 200, Spent())
+        rounds = [event for round_ in range(1, 21) for event in cost.of_round(round_)]
+        moments = [event for event in rounds if event.noise_multiplier == 10.0]
+
+        assert list(cost.moments_rounds) == [10, 14, 18]
+        assert moments == [Event(10.0, 1.0, 1, split="train")] * 3
+        assert epsilon(rounds, 1e-5) == epsilon(cost.events, 1e-5) == cost.epsilon
+        assert 3.9 < cost.epsilon <= 4.0
+        assert cost.noise_multiplier > without.noise_multiplier
+        assert cost.of_round(10) == (*without_moments(cost).of_round(10), moments[0])
 
     def test_metrics_that_cost_more_than_the_run_may_are_refused(self, private):
         """

@@ -17,7 +17,7 @@ import pydicom
 import pytest
 import torch
 from deployed import Operator
-from privately import ask_of, private
+from privately import ask_of, private, with_discriminator
 from test_private_training import Scripted
 
 from client import training
@@ -35,6 +35,9 @@ from shared_models.plan import Plan
 
 DECLARED = 20
 
+SCANNERS = ("SIEMENS 3 T", "GE 1.5 T")
+"""What the hospitals declare: their only scanner and one more."""
+
 CHANGES = {"time", "previous", "hash"}
 """What differs between the lines of two audits by construction: the clock, and the chain over it."""
 
@@ -47,6 +50,7 @@ VARIANTS = {
         "training": {"optimizer": "adamw", "weight_decay": 0.1},
         "privacy": {"views": 2},
     },
+    "moments": {"adaptation": {"adversarial": "moments", "moments_noise": 4.0, "moments_clip": 0.5, "warm_up": 0.0}},
 }
 
 
@@ -69,14 +73,16 @@ def plan_of(smoke: Plan, variant: str = "fedavg") -> Plan:
         task={"channels": [4, 8]},
         training=training,
         strategy=tables.get("strategy", {}),
+        **{name: table for name, table in tables.items() if name == "adaptation"},
     )
 
 
 def asks(plan: Plan) -> list[bytes]:
     """What a server may ask in a run: rounds with and without metrics, the end, and things that are refused."""
+    second = ask_of(plan, 2, seed=1)
     good: list[Ask] = [
         ask_of(plan, 1),
-        ask_of(plan, 2, seed=1),
+        with_discriminator(second) if plan.asks_for_moments else second,
         ask_of(plan, 2, "validate", seed=1),
         ask_of(plan, 3, "test", seed=2),
     ]
@@ -181,7 +187,7 @@ class Town:
                 spoil(data / self.patient["train"])
         if not made.exists():
             policy = Policy(lifetime_epsilon=1e6, run_epsilon=1e6, minimum_patients=1)
-            config = SiteConfig(name="site-1", data=str(data), device="cpu", policy=policy)
+            config = SiteConfig(name="site-1", data=str(data), device="cpu", policy=policy, scanners=SCANNERS)
             station = Station.create(made, config, secret=self._secret)
             station.trust(self._operator.name, self._operator.public_pem)
             station.approve(self.plans[number], declared_size=DECLARED)
@@ -272,7 +278,7 @@ class TestTrainingPatient:
     @pytest.mark.parametrize("number", range(1, len(VARIANTS)), ids=list(VARIANTS)[1:])
     def test_whatever_the_plan_does_with_noised_steps(self, town, number):
         """
-        Proximal term, automatic clipping, 16 bits, an optimiser with a memory, weight decay, several views.
+        Proximal term, automatic clipping, 16 bits, an optimiser with a memory, weight decay, several views, moments.
         """
         along = town.station("along", number)
         spoilt(*town.entry(along, "train"), "1000 times as bright")

@@ -20,6 +20,7 @@ from shared_models.messages import (
     AskKind,
     Question,
     Refusal,
+    asked_sha256,
     decode_answer,
     decode_ask,
     encode_answer,
@@ -93,6 +94,20 @@ class TestRoundTrip:
 
         laws.assert_same_bits(arrived.update, update)
         assert replace(arrived, update={}) == replace(answer, update={})
+
+    def test_moments_and_discriminator_arrive_beside_the_weights(self):
+        """
+        Each under its own name; the hash of a question is over all that came with it.
+        """
+        question = replace(QUESTION, weights_sha256=asked_sha256(WEIGHTS, {}, WEIGHTS))
+        asked = decode_ask(encode_ask(Ask(question, 7, WEIGHTS, discriminator=WEIGHTS)))
+        answered = decode_answer(encode_answer(replace(ANSWER, moments=WEIGHTS)))
+
+        for arrays in (asked.weights, asked.discriminator, answered.update, answered.moments):
+            laws.assert_same_bits(arrays, WEIGHTS)
+        assert not asked.control
+        assert question.weights_sha256 != QUESTION.weights_sha256
+        assert_unreadable(decode_ask, encode_ask(Ask(QUESTION, 7, WEIGHTS, discriminator=WEIGHTS)))
 
     def test_same_message_has_the_same_bytes(self):
         """

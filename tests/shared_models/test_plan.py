@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from shared_models.adaptation import strength_at
 from shared_models.errors import FederadError
-from shared_models.plan import KEYS_OF_STRATEGY, NOT_YET, Plan, table_of
+from shared_models.plan import KEYS_OF_STRATEGY, MOMENTS_ONLY, NOT_YET, Plan, table_of
+from shared_models.schedule import moments_rounds
 
 PLANS = Path(__file__).parents[2] / "simulation" / "plans"
 
@@ -130,6 +132,8 @@ DESIGN_PRIVACY = {
 """The table of the design's example."""
 
 DESIGN_ADAPTATION = {"appearance": True, "adversarial": "scanner", "strength": 0.3}
+
+MOMENTS = {"adversarial": "moments"}
 """The table of the design's example."""
 
 RESERVED = {
@@ -254,6 +258,9 @@ PRIVATE_LEAVES = [("privacy", key) for key in PRIVACY]
 PRIVATE_KEYS = [("privacy",), ("privacy", "epsilon"), *PRIVATE_LEAVES]
 
 
+MOMENTS_KEYS = [("adaptation", key) for key in MOMENTS_ONLY]
+"""Keys that a plan has where sites release moments, which keeps conditional out."""
+
 LEAST_KEYS = (
     ("name",), ("rounds",), ("task", "kind"), ("task", "labels"), ("task", "network"),
     ("data", "modality"), ("data", "dimensions"), ("data", "patch"),
@@ -274,7 +281,15 @@ class TestEveryKey:
         """
         The plan that these tests walk through has every key there is, each with a value of its own.
         """
-        keys = {*KEYS, *PRIVATE_KEYS, *CLASSIFYING_KEYS, *STRATEGY_KEYS, *LOSS_KEYS, *RECONSTRUCTING_KEYS}
+        keys = {
+            *KEYS,
+            *PRIVATE_KEYS,
+            *CLASSIFYING_KEYS,
+            *STRATEGY_KEYS,
+            *LOSS_KEYS,
+            *RECONSTRUCTING_KEYS,
+            *MOMENTS_KEYS,
+        }
         assert keys == set(keys_of(Plan))
         full, least = Plan.from_tables(FULL).model_dump(mode="json"), Plan.from_tables(LEAST).model_dump(mode="json")
 
@@ -701,6 +716,12 @@ class TestAdaptation:
             "Acme 3 T",
         ),
         ("_adversary_of_patients", {"adaptation": DESIGN_ADAPTATION, "privacy": PRIVACY}, "unit"),
+        ("_moments", {"adaptation": {**DESIGN_ADAPTATION, "moments_every": 2}}, 'adversarial = "scanner"'),
+        ("_moments", {"adaptation": {"appearance": True, "moments_clip": 2.0}}, "moments_clip alone"),
+        ("_moments", {"adaptation": {**MOMENTS, "conditional": True}}, "conditional"),
+        ("_moments_have_their_noise", {"adaptation": MOMENTS, "privacy": DESIGN_PRIVACY}, "without moments_noise"),
+        ("_moments_have_their_noise", {"adaptation": {**MOMENTS, "moments_noise": 5.0}}, "without [privacy]"),
+        ("_moments_have_their_noise", {"adaptation": MOMENTS, "rounds": 1}, "rounds = 1"),
     )
 
     @pytest.mark.parametrize(("check", "tables", "word"), CASES)
@@ -721,6 +742,32 @@ class TestAdaptation:
 
         assert "strength" not in plan.canonical_json()
         assert Plan.from_tables(json.loads(plan.canonical_json())).sha256 == plan.sha256
+
+    def test_plan_that_asks_for_moments_is_the_same_after_a_journey(self):
+        """
+        With and without privacy; and what it asks for leaves no trace in a plan whose sites train the discriminator.
+        """
+        open_ = Plan.from_tables({**LEAST, "adaptation": {**MOMENTS, "moments_every": 3}})
+        noised = {**MOMENTS, "moments_noise": 4.0}
+        private = Plan.from_tables({**LEAST, "adaptation": noised, "privacy": DESIGN_PRIVACY})
+
+        for plan in (open_, private):
+            assert Plan.from_tables(json.loads(plan.canonical_json())).sha256 == plan.sha256
+            assert (plan.is_adversarial, plan.asks_for_moments, plan.has_discriminator) == (True, True, False)
+        assert "moments" not in Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION}).canonical_json()
+
+    @pytest.mark.parametrize("rounds", [2, 3, 10, 100])
+    @pytest.mark.parametrize("warm_up", [0.0, 0.3, 0.99])
+    def test_rounds_of_moments_follow_from_the_plan(self, rounds, warm_up):
+        """
+        From the round before features are first moved, every so many rounds, and never in the last one.
+        """
+        table = {**MOMENTS, "moments_every": 2, "warm_up": warm_up}
+        plan = Plan.from_tables({**LEAST, "rounds": rounds, "adaptation": table})
+        opposed = [r for r in range(1, rounds + 1) if strength_at(plan.adaptation, r, rounds) > 0]
+
+        assert list(moments_rounds(plan)) == list(range(opposed[0] - 1, rounds, 2))
+        assert not moments_rounds(Plan.from_tables({**LEAST, "adaptation": DESIGN_ADAPTATION}))
 
     def test_unlabelled_studies_take_part_without_privacy_alone(self):
         """

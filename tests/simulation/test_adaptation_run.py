@@ -109,11 +109,25 @@ class TestRefused:
             require_scanners(Request(alone, tmp_path), [site])
         require_scanners(Request(apart, tmp_path), [site])
 
-    def test_hospital_that_declares_no_scanner_approves_no_private_adversary(self, site, tmp_path):
+    def test_run_whose_sites_share_one_scanner_asks_for_no_moments(self, site, tmp_path):
+        """
+        R113: nothing could be told apart, wherever it is trained; two scanners at one site, or at two, are enough.
+        """
+        table = {"adversarial": "moments"}
+        alone = plan_with([PAIR], rounds=2, adaptation={**table, "scanners": ["ZEISS", "NIDEK"]})
+        apart = plan_with([PAIR], rounds=2, adaptation=table)
+        prepared(apart, site)
+
+        with pytest.raises(FederadError, match="R113"):
+            require_scanners(Request(alone, tmp_path), [site])
+        require_scanners(Request(apart, tmp_path), [site])
+
+    @pytest.mark.parametrize("adversary", [ADVERSARY, {"adversarial": "moments", "moments_noise": 5.0}])
+    def test_hospital_that_declares_no_scanner_approves_no_private_adversary(self, site, tmp_path, adversary):
         """
         C111: whether it has several must follow from what somebody typed; once typed, it is not the obstacle.
         """
-        plan = plan_with([PAIR], adaptation=ADVERSARY, privacy=PRIVACY)
+        plan = plan_with([PAIR], rounds=2, adaptation=adversary, privacy=PRIVACY)
         config = {"name": "site-1", "data": str(site.data)}
         silent = Station.create(tmp_path / "silent", SiteConfig.model_validate_json(json.dumps(config)))
         declared = Station.create(
