@@ -310,7 +310,7 @@ class Exchange:
             return "a second reply under the same name"
         if answer.question != self._question:
             return "answers another question"
-        if self._question.kind != "train":
+        if self._question.kind not in ("train", "fingerprint"):
             return "an update nobody asked for" if answer.update else None
         if mismatch := difference(answer.update, self._shapes):
             return mismatch
@@ -406,6 +406,9 @@ class Rounds:
         self._wait_for_sites()
         for number in range(len(self._records) + 1, self.plan.rounds + 1):
             self._train(number)
+        if self.plan.asks is not None:  # counts of images are no model, and nothing measures them
+            nothing = Measured(None, {}, {})
+            return Outcome(self._records, 1, self._weights, self._weights, nothing, dict(sorted(self._cost.items())))
         self._note_validation(self._measure("validate", self.plan.rounds, self._weights))
         best_round = self._best_round()
         if self._average is not None:
@@ -416,8 +419,11 @@ class Rounds:
         return Outcome(self._records, best_round, best, self._weights, tested, dict(sorted(self._cost.items())))
 
     def weight_of(self, answer: Answer) -> int:
-        """How much an update counts: by patients, or all alike if the plan says so or ``[privacy]`` hides their number."""
-        if self.plan.privacy is not None:
+        """How much an update counts: by patients, or all alike if the plan says so or ``[privacy]`` hides their number.
+
+        Counts of a fingerprint are of patients themselves.
+        """
+        if self.plan.privacy is not None or self.plan.asks is not None:
             return 1
         trained = answer.counts.get("trained", 0)
         return min(trained, 1) if self.plan.strategy.weighting == "equal" else trained
@@ -488,7 +494,7 @@ class Rounds:
         mean = ExactMean(self.shapes)
         per_step = ExactMean(self.shapes) if self._strategy.wants_mean_per_step else None
         losses: dict[str, tuple[float, int]] = {}
-        exchange = self._exchange("train", number, self._weights, self._strategy.control(self._weights))
+        exchange = self._exchange(self.plan.asks or "train", number, self._weights, self._strategy.control(self._weights))
         answers: list[Answer] = []
         for answer, norm in exchange.answers():
             weight = self.weight_of(answer)

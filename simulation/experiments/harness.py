@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Experiment:
 
     snapshots: Callable[[Plan], tuple[int, ...]] = lambda plan: ()
     """Rounds of an arm whose weights are kept for it."""
+
+    configure: Callable[[str, Request, Watcher], Plan] | None = None
+    """The plan of an arm that follows from the hospitals of a seed; None where all are what ``arms`` gives."""
 
 
 def row(method: str, metric: str, split: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -146,6 +149,8 @@ def run_experiment(
             for arm, plan in arms.items()
         }
         for arm, request in requests.items():
+            if experiment.configure is not None:
+                requests[arm] = request = replace(request, plan=experiment.configure(arm, request, watcher))
             results[arm].append(_result(experiment, request, requests, watcher))
     every = [result for of_arm in results.values() for result in of_arm]
     result = {
