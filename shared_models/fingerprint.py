@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared_models.errors import FederadError
-from shared_models.plan import Plan
+from shared_models.plan import EVERYBODY, Plan
 from shared_models.weights import Weights
 
 AXES = ("z", "y", "x")
@@ -31,8 +31,10 @@ SPACINGS_MM: NDArray[np.float64] = np.round(
 )
 """Bins of a spacing by their middle [mm]: steps of 0.05 from 0.1, of 0.1 from 1, of 0.5 from 3 and of 1 from 10 to 20."""
 
-SIZES: NDArray[np.float64] = np.unique(np.round(4 * 1.06 ** np.arange(0, 108)))
-"""Bins of a size by their middle [voxels]: single voxels from 4, then steps of 6 % to 2,038."""
+SIZES: NDArray[np.float64] = np.concatenate(
+    [np.arange(4, 32), *(2.0 ** (octave - 4) * np.arange(16, 32) for octave in range(5, 11)), [2048]]
+)
+"""Bins of a size by their middle [voxels]: single voxels from 4 to 32, then sixteen to each doubling up to 2,048."""
 
 BINS: Mapping[str, NDArray[np.float64]] = {f"spacing_mm.{axis}": SPACINGS_MM for axis in AXES} | {
     f"size.{axis}": SIZES for axis in AXES
@@ -46,9 +48,6 @@ LARGEST_NORM = math.sqrt(len(BINS))
 
 NOISE = 4.0
 """Noise over :data:`LARGEST_NORM` where a plan with ``[privacy]`` is configured: epsilon 1.1 at delta 1e-5, once."""
-
-EVERYBODY = 100_000
-"""``patients_per_step`` of a fingerprint: more than a site has, so that all are counted, once."""
 
 OVER_NOISE = 3.0
 """A bin counts if it holds more than so many standard deviations of the noise on it."""

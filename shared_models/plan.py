@@ -81,6 +81,9 @@ OF_EACH_SITE = frozenset({"fedbn", "ditto"})
 
 Dimensions = Literal[2, 3]
 
+EVERYBODY = 100_000
+"""Largest ``patients_per_step``: more than a site has, so that all of its patients take part."""
+
 
 class _ContradictionError(ValueError):
     """Two keys that exclude each other; carries the remedy."""
@@ -441,7 +444,7 @@ class PrivacyTable(_Table):
         default=None, gt=0, le=1e6, description='stabiliser of the norm, for clipping = "automatic" only'
     )
     patients_per_step: int = Field(
-        ge=1, le=100_000, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
+        ge=1, le=EVERYBODY, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
     )
     steps_per_round: int = Field(ge=1, le=100_000, description="steps of each site in each round, 1 or more")
     images_per_patient: int | None = Field(
@@ -703,6 +706,11 @@ class Plan(_Table):
                 privacy is not None and privacy.steps_per_round != 1,
                 "is one sum over patients",
                 "steps_per_round = 1",
+            ),
+            "privacy.patients_per_step": (
+                privacy is not None and privacy.patients_per_step < EVERYBODY,
+                "is of all patients",
+                f"patients_per_step = {EVERYBODY}",
             ),
             "privacy.metrics_every": (
                 privacy is not None and privacy.metrics_every > 0,

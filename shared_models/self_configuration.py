@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shared_models.configuration import depths_of, halvings
+from shared_models.errors import FederadError
 from shared_models.fingerprint import AXES, Fingerprint
 from shared_models.plan import Plan
 
@@ -139,6 +141,52 @@ def batch_size(chosen: Topology, memory: float, all_voxels: float) -> int:
     by_memory = int(memory // chosen.bytes_per_patch)
     by_share = int(SHARE_OF_VOXELS * all_voxels / math.prod(chosen.patch))
     return min(4096, max(LEAST_BATCH, min(by_memory, by_share)))
+
+
+def derived(plan: Plan) -> dict[str, Any]:
+    """What :func:`configured` has written into a plan, by key."""
+    found: dict[str, Any] = {
+        "data.dimensions": plan.data.dimensions,
+        "data.spacing_mm": list(plan.data.spacing_mm or ()),
+        "data.patch": list(plan.data.patch),
+        "task.channels": list(plan.task.channels),
+    }
+    if plan.privacy is None:
+        found["training.batch_size"] = plan.training.batch_size
+    return found
+
+
+def write_plan(path: Path, plan: Plan, comment: str) -> None:
+    """A plan as a TOML file that reads back as the same plan, its hash included.
+
+    Raises
+    ------
+    FederadError
+        P242 if there is something already, or if it cannot be written.
+    """
+    tables = json.loads(plan.canonical_json())
+    lines = [f"# {comment}", *_toml(tables)]
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:
+        raise FederadError(
+            "P242",
+            happened=f"{path} cannot be written ({error.strerror}).",
+            because="The configured plan goes there, and nothing is overwritten.",
+            remedies=("name a file that is not there yet",),
+        ) from None
+
+
+def _toml(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    """Lines of a table: its own keys first, then the tables in it. JSON's values are TOML's but for null, which is none."""
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007F")
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield f"\n[{name}{key}]"
+            yield from _toml(value, f"{name}{key}.")
 
 
 def step_bytes(plan: Plan) -> int:

@@ -96,6 +96,9 @@ class Request:
     compare: bool = True
     """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
+    pictures: bool = True
+    """Whether the report shows test patients, each of whom has to be predicted again."""
+
     command: str = ""
 
     @property
@@ -183,7 +186,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             result["classical"] = classical
         if request.plan.privacy is None and (card := find_stability(request, sites, outcome)):
             result["stability"] = card
-        take_pictures(request, sites, outcome, watcher)
+        take_pictures(request, sites if request.pictures else [], outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
         result |= what_is_done(journal, error)

@@ -52,6 +52,9 @@ class Experiment:
     compares: bool = True
     """Whether each run is compared with a central and with local models."""
 
+    pictures: bool = True
+    """Whether the report of each run shows test patients."""
+
     measured_at: str | None = None
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
     each result. None where each run is measured on its own."""
@@ -187,6 +190,7 @@ def _request(
         and experiment.measured_at is None
         and (experiment.after is None or experiment.compared == arm),
         snapshots=experiment.snapshots(plan),
+        pictures=experiment.pictures,
     )
 
 
