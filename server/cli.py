@@ -237,7 +237,9 @@ def fingerprint(
     plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan that is to be configured.")],
     noise: Annotated[
         float | None,
-        typer.Option("--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."),
+        typer.Option(
+            "--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."
+        ),
     ] = None,
     n_sites: Annotated[
         int | None, typer.Option("--sites", min=1, help="Sites to wait for; the plan's minimum_sites unless given.")

@@ -494,7 +494,9 @@ class Rounds:
         mean = ExactMean(self.shapes)
         per_step = ExactMean(self.shapes) if self._strategy.wants_mean_per_step else None
         losses: dict[str, tuple[float, int]] = {}
-        exchange = self._exchange(self.plan.asks or "train", number, self._weights, self._strategy.control(self._weights))
+        exchange = self._exchange(
+            self.plan.asks or "train", number, self._weights, self._strategy.control(self._weights)
+        )
         answers: list[Answer] = []
         for answer, norm in exchange.answers():
             weight = self.weight_of(answer)

@@ -681,8 +681,8 @@ class Plan(_Table):
     adaptation: AdaptationTable | None = Field(default=None, description="a table [adaptation]; leave it out for none")
     asks: Literal["fingerprint"] | None = Field(
         default=None,
-        description='"fingerprint": sites count spacings and sizes of their images once, and train nothing; leave it out to '
-        "train",
+        description='"fingerprint": sites count spacings and sizes of their images, once, and train nothing; leave it out '
+        "to train",
     )
 
     @model_validator(mode="after")

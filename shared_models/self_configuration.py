@@ -212,5 +212,3 @@ def _bytes(patch: Sequence[int], spacing_mm: Sequence[float] | None, channels: S
         side = [n // stride for n, stride in zip(side, depth.stride, strict=True)]
         values += features * math.prod(side)
     return 4 * MAPS * values
-
-

@@ -163,7 +163,9 @@ def configure(
     ] = 8.0,
     noise: Annotated[
         float | None,
-        typer.Option("--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."),
+        typer.Option(
+            "--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."
+        ),
     ] = None,
     seed: Seed = 0,
     workers: Workers = None,

@@ -184,7 +184,9 @@ class TestConfiguration:
         assert target_spacing(fingerprint((FINE, 30), (((1.0, 1.0, 1.0), (180, 224, 192)), 10))) == (0.7, 0.7, 0.7)
 
     @pytest.mark.parametrize("memory_gb", [0.02, 0.1, 1.0, 8.0])
-    @pytest.mark.parametrize("images", [THICK, FINE, ((2.0, 2.0, 2.0), (90, 112, 96)), ((8.0, 0.5, 0.5), (5, 512, 512))])
+    @pytest.mark.parametrize(
+        "images", [THICK, FINE, ((2.0, 2.0, 2.0), (90, 112, 96)), ((8.0, 0.5, 0.5), (5, 512, 512))]
+    )
     def test_step_fits_the_memory_and_uses_it(self, images, memory_gb):
         """
         Two patches and more fit; with twice the memory nothing gets smaller.
