@@ -646,6 +646,8 @@ def next_of_run(folder: Path, described: dict[str, Any]) -> tuple[str, ...]:
     name, state = described["run"], described["state"]
     if state in ("paused", "interrupted", "stopped", "failed", "offered"):
         return (hint(folder, f"resume {name}"),)
+    if state == "finished" and described["asks"] == "fingerprint":
+        return (hint(folder, f"configure {name} PLAN.toml --to PLAN2.toml"),)
     if state == "finished":
         return (hint(folder, f"export {name} --to MODEL.onnx"), f"see {described['folder']}/result.json")
     return (hint(folder, f"watch {name}"), hint(folder, f"stop {name}"))

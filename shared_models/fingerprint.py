@@ -174,7 +174,7 @@ class Fingerprint:
         """
         certain = self._certain(name)
         total = float(certain.sum())
-        if total < LEAST_PATIENTS:
+        if round(total) < LEAST_PATIENTS:
             raise FederadError(
                 "P241",
                 happened=f"{total:.0f} patients of {self.n_sites} sites stand out of the noise in {name}, of at least "

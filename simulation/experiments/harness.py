@@ -151,10 +151,11 @@ def run_experiment(
             arm: _request(experiment, plan, folder / f"seed-{seed}", arm, seed, workers, data)
             for arm, plan in arms.items()
         }
-        for arm, request in requests.items():
+        for arm in arms:
             if experiment.configure is not None:
-                requests[arm] = request = replace(request, plan=experiment.configure(arm, request, watcher))
-            results[arm].append(_result(experiment, request, requests, watcher))
+                configured = experiment.configure(arm, requests[arm], watcher)
+                requests[arm] = replace(requests[arm], plan=configured)
+            results[arm].append(_result(experiment, requests[arm], requests, watcher))
     every = [result for of_arm in results.values() for result in of_arm]
     result = {
         "experiment": experiment.name,
