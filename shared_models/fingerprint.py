@@ -47,10 +47,11 @@ LARGEST_NORM = math.sqrt(len(BINS))
 """Of one patient's vector."""
 
 NOISE = 4.0
-"""Noise over :data:`LARGEST_NORM` where a plan with ``[privacy]`` is configured: epsilon 1.1 at delta 1e-5, once."""
+"""Noise over :data:`LARGEST_NORM` where a plan with ``[privacy]`` is configured: epsilon 0.93 at delta 1e-5, once."""
 
-OVER_NOISE = 3.0
-"""A bin counts if it holds more than so many standard deviations of the noise on it."""
+OVER_NOISE = 4.0
+"""A bin counts if it holds more than so many standard deviations of the noise on it: of all bins together, one in fifty
+fingerprints then shows one that holds nothing but noise."""
 
 LEAST_PATIENTS = 10
 """Over all sites; fewer than this make no fingerprint."""
