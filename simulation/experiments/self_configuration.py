@@ -44,7 +44,7 @@ SPREAD = 0.1
 def arms(*, quick: bool) -> dict[str, Plan]:
     """The fixed plan at each set's hospitals, twice: the second of them is configured; ``quick`` takes under a third of the
     rounds."""
-    return {f"{name}, {way}": _fixed(name, 8 if quick else 30) for name in SETS for way in WAYS}
+    return {f"{name}, {way}": _fixed(name, 8 if quick else 24) for name in SETS for way in WAYS}
 
 
 def _fixed(name: str, rounds: int) -> Plan:
