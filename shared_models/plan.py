@@ -696,6 +696,9 @@ class Plan(_Table):
             "data.spacing_mm": (self.data.spacing_mm is not None, "is of images as they are", "no spacing_mm"),
             "data.dimensions": (self.data.dimensions != 3, "is of volumes", "dimensions = 3"),
             "task.kind": (self.task.kind != "segmentation", "is for segmentation", 'kind = "segmentation"'),
+            "strategy.name": (self.strategy.name != "fedavg", "is added up", 'name = "fedavg"'),
+            "strategy.release": (self.strategy.release == "averaged", "is no model", 'release = "last"'),
+            "strategy.start": (self.strategy.start is not None, "begins at no model", "no start"),
             "privacy.noise_multiplier": (
                 privacy is not None and privacy.noise_multiplier is None,
                 "has noise that the server knows, to tell counts from it",

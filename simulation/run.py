@@ -146,6 +146,12 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     KeyboardInterrupt
         If the user stops it.
     """
+    if request.plan.asks is not None:
+        raise impossible(
+            f"The plan {request.plan.name} asks for a {request.plan.asks} and trains nothing.",
+            "A run ends with a model.",
+            "federad-sim configure PLAN.toml --out PLAN2.toml, with the plan that is to be configured",
+        )
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     one_thread()
     folder = use_folder(request.folder)

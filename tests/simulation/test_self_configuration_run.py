@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pytest
 
+from shared_models.errors import FederadError
+from shared_models.fingerprint import fingerprint_plan
 from shared_models.plan import Plan
 from shared_models.self_configuration import step_bytes
 from simulation.consortium import _grid, _own_factors, emulation_sha256
 from simulation.experiments import self_configuration
 from simulation.experiments.harness import run_experiment
-from simulation.run import Watcher
+from simulation.run import Request, Watcher, simulate
 
 
 def changed(plan: Plan, **tables) -> Plan:
@@ -49,6 +52,15 @@ class TestEmulatedSpacing:
         assert ratios.max() <= 1.1
         assert all(grid.spacing_mm[1] == grid.spacing_mm[2] for grid in grids)
         assert grids[0] == _grid(plan, _own_factors(plan, 3, 1))
+
+
+class TestRefusals:
+    def test_plan_that_asks_is_not_run_for_a_model(self, smoke_plan, tmp_path):
+        """
+        A simulation of it would end without a model: R230 names the command that is meant.
+        """
+        with pytest.raises(FederadError, match=r"(?s)R230.*federad-sim configure"):
+            simulate(Request(fingerprint_plan(smoke_plan), tmp_path), Watcher())
 
 
 class TestExperiment:
