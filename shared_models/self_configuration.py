@@ -83,13 +83,13 @@ def configured(plan: Plan, fingerprint: Fingerprint, memory_gb: float = MEMORY_G
     native = fingerprint.medians("spacing_mm")
     voxels = [max(1, round(n * old / new)) for n, old, new in zip(size, native, spacing, strict=True)]
     planar = voxels[0] < LEAST_SLICES
-    axes = slice(1, None) if planar else slice(None)
-    chosen = fitting(spacing[axes], voxels[axes], plan, memory_gb * 1e9)
+    grid, sides = list(spacing[planar:]), voxels[planar:]  # in 2-D without the slices' axis
+    chosen = fitting(grid, sides, plan, memory_gb * 1e9)
     tables: dict[str, Any] = json.loads(plan.canonical_json())
     tables["task"] |= {"network": "dynunet", "channels": list(chosen.channels)}
     tables["data"] |= {
         "dimensions": 2 if planar else 3,
-        "spacing_mm": list(spacing[axes]),
+        "spacing_mm": grid,
         "patch": list(chosen.patch),
     }
     if plan.privacy is None:
