@@ -118,9 +118,9 @@ def look(request: Request) -> dict[str, Any]:
         "dice": float(np.mean(patients)),
         "patients": patients,
         "dimensions": plan.data.dimensions,
-        "spacing_mm": plan.data.spacing_mm,
-        "patch": plan.data.patch,
-        "channels": plan.task.channels,
+        "spacing_mm": list(plan.data.spacing_mm or ()),
+        "patch": list(plan.data.patch),
+        "channels": list(plan.task.channels),
         "batch_size": plan.training.batch_size,
         "step_bytes": step_bytes(plan),
     }

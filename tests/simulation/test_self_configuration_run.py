@@ -89,6 +89,7 @@ class TestExperiment:
         assert table["claims"][0]["holds"]
         assert {row["method"] for row in table["rows"]} == {"fixed", "configured", "gain of configured"}
 
+    @pytest.mark.slow
     def test_both_plans_are_measured_on_the_images_own_grid(self, smoke_plan, tmp_path, monkeypatch):
         """
         A tiny set from beginning to end: what is configured takes no more memory, and references are never resampled.
