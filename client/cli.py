@@ -298,6 +298,8 @@ def plans(declared: Declared = None, site: Site = None, as_json: AsJson = False)
         table.add_column(column)
     for one in listed:
         kind = ": ".join(filter(None, (one.plan.task.kind, ", ".join(one.plan.task.named_labels))))
+        if one.plan.asks is not None:
+            kind = f"{one.plan.asks} of images; trains nothing"
         table.add_row(
             one.plan.name,
             one.plan.sha256[:12],
@@ -334,11 +336,16 @@ def approve(
     with _bar(f"preparing images for {chosen.plan.name}", as_json) as step:
         cohort = station.approve(chosen.plan, step, declared_size=declared, start_is_foreign=start_is_foreign)
     patients = {split: len(cohort.patients(split)) for split in ("train", "validation", "test")}
+    text = (
+        f"may train here, on {patients['train']} patients, with {patients['validation']} for validation and "
+        f"{patients['test']} for test."
+        if chosen.plan.asks is None
+        else f"may count spacings and sizes of the images of {patients['train']} patients, once."
+    )
     _show(
         folder,
         {"plan": chosen.plan.name, "sha256": chosen.plan.sha256, "state": "approved", "patients": patients},
-        f"{chosen.plan.name} ({chosen.plan.sha256[:12]}) may train here, on {patients['train']} patients, "
-        f"with {patients['validation']} for validation and {patients['test']} for test.",
+        f"{chosen.plan.name} ({chosen.plan.sha256[:12]}) {text}",
         "status",
         as_json,
     )

@@ -23,9 +23,9 @@ from shared_models.messages import Answer, Question, Refusal, encode_answer
 from shared_models.scanners import is_scanner
 from shared_models.weights import norm_of
 
-Kind = Literal["update", "metric", "count", "cost", "moments"]
-"""What may leave in an answer: a model update, means over this site's patients, numbers of patients, what privacy costs,
-sums of features by scanner."""
+Kind = Literal["update", "fingerprint", "metric", "count", "cost", "moments"]
+"""What may leave in an answer: a model update, counts of spacings and sizes of images, means over this site's patients,
+numbers of patients, what privacy costs, sums of features by scanner."""
 
 NoticeKind = Literal["status", "progress", "scanners"]
 """What may leave in a notice: a word about this site, how far it is in a round, the scanners that somebody here typed."""
@@ -105,7 +105,7 @@ class Gate:
         answer = Answer(
             site=self.site,
             question=question,
-            update=values.get("update", {}),
+            update=values.get("update", {}) | values.get("fingerprint", {}),
             metrics=values.get("metric", {}),
             counts=values.get("count", {}),
             cost=values.get("cost", {}),
@@ -183,6 +183,7 @@ def _float32(value: Any) -> NDArray[np.float32]:
 
 _EXACT: dict[str, Callable[[Any], Any]] = {
     "update": _float32,
+    "fingerprint": _float32,
     "metric": float,
     "count": _whole_number,
     "cost": float,

@@ -35,7 +35,7 @@ from shared_models.schedule import moments_rounds
 Rule = Literal["allowed", "noised", "forbidden"]
 """Whether values of a kind may leave: as they are, only with noise that was paid for, or not at all."""
 
-Kind = Literal["update", "metric", "count", "moments", "status", "progress", "scanners"]
+Kind = Literal["update", "fingerprint", "metric", "count", "moments", "status", "progress", "scanners"]
 
 ALWAYS = "always"
 
@@ -56,6 +56,9 @@ class Releases(_Table):
     """``[policy.releases]``: what may leave, by kind."""
 
     update: Rule | None = Field(default=None, description="weights after training")
+    fingerprint: Rule | None = Field(
+        default=None, description="how many patients have images of which spacing and size, before a plan"
+    )
     metric: Rule | None = Field(default=None, description="means of measurements over patients")
     count: Rule | None = Field(default=None, description="numbers of patients")
     moments: Rule | None = Field(default=None, description="sums of features over the patients of each scanner")
@@ -191,9 +194,10 @@ class Policy(_Table):
             return _no(
                 f"it protects images and not patients (epsilon {cost.epsilon:.4g} for a patient), and image_level is false"
             )
-        rule = self.rule("update", private=plan.privacy is not None)
+        kind: Kind = "fingerprint" if plan.asks == "fingerprint" else "update"
+        rule = self.rule(kind, private=plan.privacy is not None)
         if rule == "forbidden" or (rule == "noised" and plan.privacy is None):
-            return _no(f"no such update may leave: releases.update is {rule!r}")
+            return _no(f"no such {kind} may leave: releases.{kind} is {rule!r}")
         return Permitted(cost)
 
 

@@ -44,6 +44,7 @@ from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.keys import key_of
 from client.egress import noted
+from client.fingerprint import fingerprint_releases
 from client.gate import TICKS, Gate, Release, StatusWord
 from client.ledger import Agreement, Ledger, Reservation, Spent
 from client.outbox import Outbox
@@ -406,26 +407,36 @@ class Station:
         plan = self._approved_plan(question.plan_sha256)
         if self._plans.code_of(plan.sha256) != self._code:
             raise _other_code(plan)
+        if (question.kind == "fingerprint") != (plan.asks == "fingerprint"):
+            raise _RefusedError("policy")
         cost = self._permitted(plan, question, agreed)
         cohort = self.cohort(plan)
-        if question.kind == "train" and plan.privacy is None and not cohort.patients("train"):
+        if question.kind in ("train", "fingerprint") and plan.privacy is None and not cohort.patients("train"):
             raise _RefusedError("no-patients")
         with _in_a_word():
             reservation = self._paid(question, plan, cost, ledger)
-        trainer, told = resident_trainer(plan, self.config.device), self._progress(question)
-        own = OwnState(self.folder, question.run, question.plan_sha256)
-        if plan.privacy is None:
-            releases = exact_releases(trainer, cohort, ask, site=self.name, own=own, on_progress=told)
+        if question.kind == "fingerprint":
+            releases = fingerprint_releases(cohort, cost, reservation)
         else:
-            releases = noised_releases(
-                trainer, cohort, ask, site=self.name, own=own, cost=cost, reservation=reservation, on_progress=told
-            )
+            releases = self._of_model(ask, plan, cohort, cost, reservation)
         passed = self._gate.release(question, releases, is_private=plan.privacy is not None)
         released = noted(self.folder, passed.manifest)
         sha256 = ledger.settle(reservation, question, passed.answer, audit=self.audit.head)
         left_out = {"excluded": cohort.n_excluded} if cohort.n_excluded else {}
         self._audit_answer(question, len(passed.answer), sha256, again=False, released=released, **left_out)
         return passed.answer
+
+    def _of_model(
+        self, ask: Ask, plan: Plan, cohort: Cohort, cost: Cost, reservation: Reservation | None
+    ) -> list[Release]:
+        """What a question about weights asks for."""
+        trainer, told = resident_trainer(plan, self.config.device), self._progress(ask.question)
+        own = OwnState(self.folder, ask.question.run, ask.question.plan_sha256)
+        if plan.privacy is None:
+            return exact_releases(trainer, cohort, ask, site=self.name, own=own, on_progress=told)
+        return noised_releases(
+            trainer, cohort, ask, site=self.name, own=own, cost=cost, reservation=reservation, on_progress=told
+        )
 
     def _refuse(self, question: Question | None, word: Refusal) -> bytes:
         """A word in place of an answer, once the audit has it."""
@@ -502,7 +513,8 @@ class Station:
 
     def _paid(self, question: Question, plan: Plan, cost: Cost, ledger: Ledger) -> Reservation | None:
         """The charge for a question, written down before anything is computed; None where nothing will be released."""
-        events = {"train": cost.of_round(question.round), "validate": (), "test": cost.of_test()}[question.kind]
+        of_round = cost.of_round(question.round)
+        events = {"train": of_round, "fingerprint": of_round, "validate": (), "test": cost.of_test()}[question.kind]
         if not cost.is_private:
             events = cost.events
         if not events:

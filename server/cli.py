@@ -28,6 +28,7 @@ from shared_models.errors import TITLES, FederadError
 
 if TYPE_CHECKING:
     from server.consortium import Consortium
+    from shared_models.plan import Plan
 
 TYPER_INTERRUPTED = 130
 """What typer makes of Ctrl-C."""
@@ -226,29 +227,57 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Sign a plan, offer it to all hospitals, and run it when enough have approved."""
-    from server.bundle import make_bundle
-    from server.runs import RunFolder, order_run
-    from server.superlink import SuperLink
     from shared_models.plan import Plan
 
+    order(opened(folder), Plan.load(plan), seed, n_sites, as_json)
+
+
+@app.command()
+def fingerprint(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan that is to be configured.")],
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            "--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."
+        ),
+    ] = None,
+    n_sites: Annotated[
+        int | None, typer.Option("--sites", min=1, help="Sites to wait for; the plan's minimum_sites unless given.")
+    ] = None,
+    folder: Dir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask all hospitals how finely their images are sampled and how large they are; each has to approve."""
+    from shared_models.fingerprint import fingerprint_plan
+    from shared_models.plan import Plan
+
+    order(opened(folder), fingerprint_plan(Plan.load(plan), noise), 0, n_sites, as_json)
+
+
+@app.command()
+def configure(
+    name: RunName,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.toml", help="The plan that is to be configured.")],
+    to: Annotated[Path, typer.Option("--to", help="File for the configured plan.")],
+    memory_gb: Annotated[
+        float, typer.Option("--memory-gb", min=0.001, help="What a training step may take at a site [10^9 bytes].")
+    ] = 8.0,
+    folder: Dir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a plan with spacing, patch, depth and batch as the fingerprint of a run asks for; sites approve it like any."""
+    from server.runs import fingerprint_of
+    from shared_models.plan import Plan
+    from shared_models.self_configuration import configured, derived, write_plan
+
     consortium = opened(folder)
-    agreed = Plan.load(plan)
-    name = order_run(consortium, SuperLink(consortium.folder), agreed, seed, n_sites)
-    wait_for = RunFolder(consortium.folder, name).order.wait_for
-    told = {
-        "run": name,
-        "plan": agreed.name,
-        "plan_sha256": agreed.sha256,
-        "seed": seed,
-        "wait_for": wait_for,
-        "bundle_sha256": make_bundle().sha256,
-    }
-    text = (
-        f"Run {name}\n  plan    {agreed.name}  {agreed.sha256}\n  bundle  {told['bundle_sha256']}\n"
-        f"It begins when {wait_for} sites have approved the plan and are connected."
-    )
-    at_site = f"at each site:  federad-site approve {agreed.sha256[:12]}"
-    done(told, text, as_json, at_site, hint(consortium.folder, f"watch {name}"))
+    wanted = Plan.load(plan)
+    found = configured(wanted, fingerprint_of(consortium, name), memory_gb)
+    write_plan(to, found, f"{wanted.name}, configured from the fingerprint of run {name}")
+    values = derived(found)
+    told = {"plan": str(to), "plan_sha256": found.sha256, **values}
+    text = "\n".join([f"Plan {to}  {found.sha256}", *(f"  {key:<20} {value}" for key, value in values.items())])
+    done(told, text, as_json, hint(consortium.folder, f"run {shlex.quote(str(to))}"))
 
 
 @app.command()
@@ -404,6 +433,30 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # click's own usage errors have one
             raise
         sys.exit(tell(misunderstood(str(error.format_message()), "federad-server --help"), as_json))
+
+
+def order(consortium: Consortium, agreed: Plan, seed: int, n_sites: int | None, as_json: bool) -> None:
+    """Order a run of a plan, and say what the hospitals have to do."""
+    from server.bundle import make_bundle
+    from server.runs import RunFolder, order_run
+    from server.superlink import SuperLink
+
+    name = order_run(consortium, SuperLink(consortium.folder), agreed, seed, n_sites)
+    wait_for = RunFolder(consortium.folder, name).order.wait_for
+    told = {
+        "run": name,
+        "plan": agreed.name,
+        "plan_sha256": agreed.sha256,
+        "seed": seed,
+        "wait_for": wait_for,
+        "bundle_sha256": make_bundle().sha256,
+    }
+    text = (
+        f"Run {name}\n  plan    {agreed.name}  {agreed.sha256}\n  bundle  {told['bundle_sha256']}\n"
+        f"It begins when {wait_for} sites have approved the plan and are connected."
+    )
+    at_site = f"at each site:  federad-site approve {agreed.sha256[:12]}"
+    done(told, text, as_json, at_site, hint(consortium.folder, f"watch {name}"))
 
 
 # Words and folders ----------------------------------------------------------------------------------------------------
@@ -593,6 +646,8 @@ def next_of_run(folder: Path, described: dict[str, Any]) -> tuple[str, ...]:
     name, state = described["run"], described["state"]
     if state in ("paused", "interrupted", "stopped", "failed", "offered"):
         return (hint(folder, f"resume {name}"),)
+    if state == "finished" and described["asks"] == "fingerprint":
+        return (hint(folder, f"configure {name} PLAN.toml --to PLAN2.toml"),)
     if state == "finished":
         return (hint(folder, f"export {name} --to MODEL.onnx"), f"see {described['folder']}/result.json")
     return (hint(folder, f"watch {name}"), hint(folder, f"stop {name}"))

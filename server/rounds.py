@@ -322,7 +322,7 @@ class Exchange:
             return "a second reply under the same name"
         if answer.question != self._question:
             return "answers another question"
-        if self._question.kind != "train":
+        if self._question.kind not in ("train", "fingerprint"):
             return "an update nobody asked for" if answer.update or answer.moments else None
         if fault := fault_of(answer.moments, self._rounds.plan, self._question.round):
             return fault
@@ -424,6 +424,9 @@ class Rounds:
         self._wait_for_sites()
         for number in range(len(self._records) + 1, self.plan.rounds + 1):
             self._train(number)
+        if self.plan.asks is not None:  # counts of images are no model, and nothing measures them
+            nothing = Measured(None, {}, {})
+            return Outcome(self._records, 1, self._weights, self._weights, nothing, dict(sorted(self._cost.items())))
         self._note_validation(self._measure("validate", self.plan.rounds, self._weights))
         best_round = self._best_round()
         if self._average is not None:
@@ -434,8 +437,11 @@ class Rounds:
         return Outcome(self._records, best_round, best, self._weights, tested, dict(sorted(self._cost.items())))
 
     def weight_of(self, answer: Answer) -> int:
-        """How much an update counts: by patients, or all alike if the plan says so or ``[privacy]`` hides their number."""
-        if self.plan.privacy is not None:
+        """How much an update counts: by patients, or all alike if the plan says so or ``[privacy]`` hides their number.
+
+        Counts of a fingerprint are of patients themselves.
+        """
+        if self.plan.privacy is not None or self.plan.asks is not None:
             return 1
         trained = answer.counts.get("trained", 0)
         return min(trained, 1) if self.plan.strategy.weighting == "equal" else trained
@@ -514,7 +520,7 @@ class Rounds:
         losses: dict[str, tuple[float, int]] = {}
         control = self._strategy.control(self._weights)
         discriminator = self._moments.discriminator if self._moments is not None else {}
-        exchange = self._exchange("train", number, self._weights, control, discriminator)
+        exchange = self._exchange(self.plan.asks or "train", number, self._weights, control, discriminator)
         answers: list[Answer] = []
         moments: dict[str, Weights] = {}
         for answer, norm in exchange.answers():

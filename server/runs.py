@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # the round loop loads torch, which a look at the runs does n
 
     from server.journal import Journal
     from server.rounds import Outcome, Progress
+    from shared_models.fingerprint import Fingerprint
     from shared_models.release import Release
 
 log = logging.getLogger(__name__)
@@ -298,6 +299,35 @@ def _end_attempt(superlink: SuperLink, row: RunRow) -> None:
             superlink.stop_run(int(row.flower_run_id))
 
 
+def fingerprint_of(consortium: Consortium, run: str) -> Fingerprint:
+    """What the sites of a finished run that asked for fingerprints said together.
+
+    Raises
+    ------
+    FederadError
+        S184 if there is no such run, S243 if it asked for nothing of the kind or is not finished, S197 if its journal
+        cannot be used.
+    """
+    from shared_models.fingerprint import Fingerprint
+
+    row, folder = consortium.run(run), RunFolder(consortium.folder, run)
+    if row.plan.asks != "fingerprint" or row.state != "finished":
+        raise FederadError(
+            "S243",
+            happened=f"Run {run} trains a model."
+            if row.plan.asks is None
+            else f"Run {run} has not ended: its state is {row.state}.",
+            because="A plan is configured from what all sites have said of their images.",
+            remedies=(
+                "federad-server fingerprint PLAN.toml asks the sites",
+                f"follow a run that is going on: federad-server watch {run}",
+            ),
+        )
+    (record,) = folder.records()
+    mean = folder.journal.committed_weights(1, record["weights_sha256"])
+    return Fingerprint.of(row.plan, mean, len(record["replied"]))
+
+
 # What the ServerApp does ----------------------------------------------------------------------------------------------
 
 
@@ -318,7 +348,7 @@ def carry_out(grid: Grid, consortium: Consortium, run: str) -> None:
         _log_to(folder.path / "run.log")
         try:
             outcome = _rounds(grid, consortium, row, folder)
-            release = _publish(consortium, folder, row, outcome)
+            release = _publish(consortium, folder, row, outcome) if row.plan.asks is None else None
         except FederadError as error:
             log.warning("run %s: %s", run, error)
             _leave(consortium, folder, "paused" if error.code in PAUSING else "failed", error.as_json())
@@ -410,8 +440,8 @@ def _publish(consortium: Consortium, folder: RunFolder, row: RunRow, outcome: Ou
     )
 
 
-def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release) -> None:
-    """``result.json``, in the form of a simulation's; the model lies in its release."""
+def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release | None) -> None:
+    """``result.json``, in the form of a simulation's; the model lies in its release, counts of images in the journal."""
     from server.results import result_of
     from shared_models.task import task_for
 
@@ -429,7 +459,7 @@ def _finish(folder: RunFolder, row: RunRow, outcome: Outcome, release: Release) 
             "seed": row.seed,
             "sites": [{"name": site} for site in sorted({s for record in outcome.records for s in record.replied})],
             **result_of(plan, outcome),
-            "release": release.sha256,
+            "release": release.sha256 if release is not None else None,
             "status": "finished",
         },
     )

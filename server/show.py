@@ -33,6 +33,7 @@ def describe_run(consortium: Consortium, row: RunRow) -> Described:
         "run": row.run,
         "plan": row.plan.name,
         "plan_sha256": row.plan.sha256,
+        "asks": row.plan.asks,
         "seed": row.seed,
         "state": state,
         "folder": str(folder.path),

@@ -60,3 +60,20 @@ def divisors(patch: Sequence[int], spacing_mm: Sequence[float] | None, n_depths:
     for depth in depths_of(patch, spacing_mm, n_depths):
         factors = [f * s for f, s in zip(factors, depth.stride, strict=True)]
     return tuple(factors)
+
+
+def halvings(side: Sequence[int], spacing_mm: Sequence[float] | None, most: int) -> tuple[int, ...]:
+    """By what each side can be divided in up to ``most`` halvings by the same rules, whether it is even or not.
+
+    A side made a multiple of its number is halved so often.
+    """
+    left, spacing = [float(n) for n in side], list(spacing_mm) if spacing_mm is not None else [1.0] * len(side)
+    factors = [1] * len(side)
+    for _ in range(most):
+        able = [n / 2 >= LEAST_SIDE for n in left]
+        finest = min((s for s, can in zip(spacing, able, strict=True) if can), default=0.0)
+        stride = [2 if can and s < ANISOTROPY * finest else 1 for s, can in zip(spacing, able, strict=True)]
+        left = [n / k for n, k in zip(left, stride, strict=True)]
+        spacing = [s * k for s, k in zip(spacing, stride, strict=True)]
+        factors = [f * k for f, k in zip(factors, stride, strict=True)]
+    return tuple(factors)

@@ -20,8 +20,9 @@ from shared_models.weights import Weights, decode, encode, weights_sha256
 SITE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
 """What a site may be called: it appears in logs, tables and file names."""
 
-AskKind = Literal["train", "validate", "test"]
-"""``train``: validate the incoming weights, then train from them. ``validate``, ``test``: measure them on that split."""
+AskKind = Literal["train", "validate", "test", "fingerprint"]
+"""``train``: validate the incoming weights, then train from them. ``validate``, ``test``: measure them on that split.
+``fingerprint``: count spacings and sizes of images, for a plan that asks for nothing else."""
 
 Refusal = Literal[
     "unreadable",
@@ -89,7 +90,7 @@ class Answer:
 
     refusal: Refusal | None = None
     update: Weights = field(default_factory=dict)
-    """New minus old weights; empty unless the site trained."""
+    """New minus old weights, or the counts of a fingerprint; empty unless the site trained or counted."""
 
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Means over this site's patients, finite."""

@@ -87,6 +87,9 @@ OF_EACH_SITE = frozenset({"fedbn", "ditto"})
 
 Dimensions = Literal[2, 3]
 
+EVERYBODY = 100_000
+"""Largest ``patients_per_step``: more than a site has, so that all of its patients take part."""
+
 
 class _ContradictionError(ValueError):
     """Two keys that exclude each other; carries the remedy."""
@@ -459,7 +462,7 @@ class PrivacyTable(_Table):
         default=None, gt=0, le=1e6, description='stabiliser of the norm, for clipping = "automatic" only'
     )
     patients_per_step: int = Field(
-        ge=1, le=100_000, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
+        ge=1, le=EVERYBODY, description="expected patients (or images) of a step and the divisor of its sum, 1 or more"
     )
     steps_per_round: int = Field(ge=1, le=100_000, description="steps of each site in each round, 1 or more")
     images_per_patient: int | None = Field(
@@ -684,10 +687,34 @@ class SimulationTable(_Table):
     unseen_confounding: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
         default=None, min_length=1, description="as confounding, dealt to the unseen hospitals"
     )
+    spacing_mm: tuple[Annotated[float, Field(ge=0.5, le=20)], ...] | None = Field(
+        default=None,
+        min_length=3,
+        max_length=3,
+        description="spacing of emulated images in mm as (z, y, x), whatever the plan brings them to; leave it out for the "
+        "plan's",
+    )
+    spacing_spread: float | None = Field(
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="how much finer or coarser than spacing_mm a site's images may be, such as 0.1; leave it out for none",
+    )
     drop_out: float = Field(default=0.0, ge=0, lt=1, description="probability that a site misses a round, 0 to below 1")
     delay_s: float = Field(default=0.0, ge=0, le=3600, description="longest emulated delay of an answer in seconds")
     late_joiners: int = Field(default=0, ge=0, le=10_000, description="how many of the last sites join late")
     late_round: int = Field(default=2, ge=2, le=10_000, description="round in which late joiners appear, 2 or more")
+
+    @model_validator(mode="after")
+    def _spread_around_something(self) -> Self:
+        if self.spacing_spread is not None and self.spacing_mm is None:
+            raise _ContradictionError(
+                "simulation.spacing_spread",
+                f"spacing_spread = {self.spacing_spread:g} without spacing_mm",
+                "It says how much sites differ from that spacing.",
+                "add spacing_mm = [5.0, 1.0, 1.0] under [simulation], or remove spacing_spread",
+            )
+        return self
 
 
 class Plan(_Table):
@@ -706,6 +733,57 @@ class Plan(_Table):
     simulation: SimulationTable = Field(default_factory=SimulationTable, description="a table [simulation]")
     privacy: PrivacyTable | None = Field(default=None, description="a table [privacy]; leave it out for none")
     adaptation: AdaptationTable | None = Field(default=None, description="a table [adaptation]; leave it out for none")
+    asks: Literal["fingerprint"] | None = Field(
+        default=None,
+        description='"fingerprint": sites count spacings and sizes of their images, once, and train nothing; leave it out '
+        "to train",
+    )
+
+    @model_validator(mode="after")
+    def _asks_once(self) -> Self:
+        if self.asks is None:
+            return self
+        privacy = self.privacy
+        wrong = {
+            "rounds": (self.rounds != 1, "is asked once", "rounds = 1"),
+            "adaptation": (self.adaptation is not None, "trains nothing that could adapt", "no [adaptation]"),
+            "data.spacing_mm": (self.data.spacing_mm is not None, "is of images as they are", "no spacing_mm"),
+            "data.dimensions": (self.data.dimensions != 3, "is of volumes", "dimensions = 3"),
+            "task.kind": (self.task.kind != "segmentation", "is for segmentation", 'kind = "segmentation"'),
+            "strategy.name": (self.strategy.name != "fedavg", "is added up", 'name = "fedavg"'),
+            "strategy.release": (self.strategy.release == "averaged", "is no model", 'release = "last"'),
+            "strategy.start": (self.strategy.start is not None, "begins at no model", "no start"),
+            "privacy.noise_multiplier": (
+                privacy is not None and privacy.noise_multiplier is None,
+                "has noise that the server knows, to tell counts from it",
+                "noise_multiplier instead of epsilon",
+            ),
+            "privacy.unit": (privacy is not None and privacy.unit != "patient", "is of patients", 'unit = "patient"'),
+            "privacy.steps_per_round": (
+                privacy is not None and privacy.steps_per_round != 1,
+                "is one sum over patients",
+                "steps_per_round = 1",
+            ),
+            "privacy.patients_per_step": (
+                privacy is not None and privacy.patients_per_step < EVERYBODY,
+                "is of all patients",
+                f"patients_per_step = {EVERYBODY}",
+            ),
+            "privacy.metrics_every": (
+                privacy is not None and privacy.metrics_every > 0,
+                "measures no model",
+                "no metrics_every",
+            ),
+        }
+        for key, (is_wrong, because, remedy) in wrong.items():
+            if is_wrong:
+                raise _ContradictionError(
+                    key,
+                    f'{key} with asks = "fingerprint"',
+                    f"A fingerprint {because}.",
+                    f"write {remedy}",
+                )
+        return self
 
     @property
     def n_outputs(self) -> int:

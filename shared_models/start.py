@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from shared_models.errors import FederadError
+from shared_models.fingerprint import blank
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import Weights, decode, difference, initial_weights
@@ -21,11 +22,18 @@ def first_weights(plan: Plan, seed: int, file: Path | None = None) -> Weights:
     file
         The model whose SHA-256 the plan names as ``strategy.start``; not read for a plan that names none.
 
+    Returns
+    -------
+    Weights
+        Of the network; for a plan that asks for a fingerprint, one of nobody.
+
     Raises
     ------
     FederadError
         M210 if it is missing, is another model, or fits another network; M211 if it is no model.
     """
+    if plan.asks == "fingerprint":
+        return blank()
     task = task_for(plan)
     wanted = plan.strategy.start
     if wanted is None:

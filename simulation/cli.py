@@ -153,6 +153,51 @@ def experiment(
 
 
 @app.command()
+def configure(
+    plan: PlanFile,
+    out: Annotated[Path, typer.Option("--out", metavar="PLAN2.toml", help="File for the configured plan.")],
+    sites: Sites = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Real data: one folder of images for each site.")] = None,
+    memory_gb: Annotated[
+        float, typer.Option("--memory-gb", min=0.001, help="What a training step may take at a site [10^9 bytes].")
+    ] = 8.0,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            "--noise", min=0.01, max=1000, help="Noise over what a patient gives; 4 with [privacy], else none."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the sites for the fingerprint of their images, and write the plan that follows from it."""
+    from tempfile import TemporaryDirectory
+
+    from shared_models.plan import Plan
+    from shared_models.self_configuration import derived, write_plan
+    from simulation.configure import configure as configure_at
+    from simulation.engine import Execution, usable_cpus
+    from simulation.run import Request
+
+    wanted = Plan.load(plan)
+    with TemporaryDirectory() as folder, watching(wanted, as_json) as watcher:
+        request = Request(
+            wanted, Path(folder), sites, data, seed=seed, execution=Execution(workers=workers or usable_cpus())
+        )
+        found = configure_at(request, watcher, memory_gb=memory_gb, noise=noise)
+    n_sites = found.fingerprint.n_sites
+    write_plan(out, found.plan, f"{wanted.name}, configured from the fingerprint of {n_sites} sites")
+    values = derived(found.plan)
+    if as_json:
+        print(json.dumps({"plan": str(out), "plan_sha256": found.plan.sha256, "n_sites": n_sites, **values}))
+        return
+    print(f"{out}  {found.plan.sha256}")
+    for key, value in values.items():
+        print(f"  {key:<20} {value}")
+
+
+@app.command()
 def sweep(
     plan: PlanFile,
     out: Out,

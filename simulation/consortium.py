@@ -151,7 +151,7 @@ def _emulated(
     workers: int,
     progress: Progress | None,
 ) -> list[EmulatedHospital]:
-    grid, label = _grid(plan), _lesion_label(plan)
+    label, seed = _lesion_label(plan), manifest["inputs"]["seed"]
     hospitals = [EmulatedHospital(share.name, share.scanner, folder / share.name) for share in shares]
     if _is_complete(folder, manifest):
         return hospitals
@@ -159,8 +159,8 @@ def _emulated(
         assignments = [
             _assigned(
                 share,
-                EmulatedPatient(manifest["inputs"]["seed"], share.number, index),
-                grid,
+                EmulatedPatient(seed, share.number, index),
+                _grid(plan, _own_factors(plan, seed, share.number)),
                 label,
                 folder,
                 _coils(plan),
@@ -306,10 +306,13 @@ def _dealt_sizes(plan: Plan, n_sites: int, seed: int) -> list[int]:
     return [max(1, round(float(share) * n * n_sites)) for share in shares]
 
 
-def _grid(plan: Plan) -> Grid:
-    """The slab that the plan's [data] and [simulation] describe."""
-    spacing = plan.data.spacing_mm or (DEFAULT_SPACING_MM,) * plan.data.dimensions
+def _grid(plan: Plan, factors: tuple[float, float] = (1.0, 1.0)) -> Grid:
+    """The slab that the plan's [data] and [simulation] describe, so many times as coarse through the plane and in it."""
+    spacing = plan.simulation.spacing_mm or plan.data.spacing_mm or (DEFAULT_SPACING_MM,) * plan.data.dimensions
     z, y, x = spacing if len(spacing) == 3 else (SLICE_THICKNESS_MM, *spacing)
+    through, within = factors
+    if plan.simulation.spacing_spread:
+        z, y, x = round(z * through, 3), round(y * within, 3), round(x * within, 3)
     if plan.data.modality != "MR":
         raise FederadError(
             "R230",
@@ -326,6 +329,13 @@ def _grid(plan: Plan) -> Grid:
             remedies=(f"set slices = {int(HEAD_HEIGHT_MM // z)} or fewer under [simulation]",),
         )
     return Grid.slab(plan.simulation.slices, (z, y, x))
+
+
+def _own_factors(plan: Plan, seed: int, number: int) -> tuple[float, float]:
+    """How many times as coarse as the plan's the images of a hospital are, through the plane and in it."""
+    spread = plan.simulation.spacing_spread or 0.0
+    through, within = generator("spacing", seed, number).uniform(1 - spread, 1 + spread, size=2)
+    return float(through), float(within)
 
 
 def _coils(plan: Plan) -> int | None:
@@ -402,7 +412,7 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         inputs |= {"number": number, "grades": GRADES}
     if plan.simulation.prevalence is not None:
         inputs |= {"prevalence": _dealt_prevalence(plan, n_sites, seed), "without": _without(plan)}
-    for key in ("confounding", "size_skew", "unlabelled"):
+    for key in ("confounding", "size_skew", "unlabelled", "spacing_spread"):
         if (value := getattr(plan.simulation, key)) is not None:
             inputs[key] = value
     return _signed(inputs)
@@ -423,6 +433,8 @@ def _unseen_manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         inputs |= {"number": number, "grades": GRADES}
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
+    if plan.simulation.spacing_spread is not None:
+        inputs["spacing_spread"] = plan.simulation.spacing_spread
     return _signed(inputs)
 
 
@@ -682,9 +694,9 @@ def _describe_scanner(ds: Dataset, scanner: Scanner) -> None:
 
 def _place(ds: Dataset, grid: Grid, index: int) -> None:
     """Geometry of slice ``index`` (from 0, feet to head); DICOM gives positions as (x, y, z), spacings as (row, column)."""
-    z, y, x = grid.origin_mm
+    z, y, x = (round(mm, 6) for mm in grid.origin_mm)  # DICOM's decimal strings have at most 16 characters
     dz, dy, dx = grid.spacing_mm
-    height = z + index * dz
+    height = round(z + index * dz, 6)
     ds.ImagePositionPatient = [x, y, height]
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.SliceLocation = height

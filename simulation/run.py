@@ -96,6 +96,9 @@ class Request:
     compare: bool = True
     """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
+    pictures: bool = True
+    """Whether the report shows test patients, each of whom has to be predicted again."""
+
     command: str = ""
 
     @property
@@ -143,6 +146,12 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     KeyboardInterrupt
         If the user stops it.
     """
+    if request.plan.asks is not None:
+        raise impossible(
+            f"The plan {request.plan.name} asks for a {request.plan.asks} and trains nothing.",
+            "A run ends with a model.",
+            "federad-sim configure PLAN.toml --out PLAN2.toml, with the plan that is to be configured",
+        )
     began, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     one_thread()
     folder = use_folder(request.folder)
@@ -184,7 +193,7 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             result["classical"] = classical
         if request.plan.privacy is None and (card := find_stability(request, sites, outcome)):
             result["stability"] = card
-        take_pictures(request, [*sites, *unseen], outcome, watcher)
+        take_pictures(request, [*sites, *unseen] if request.pictures else [], outcome, watcher)
         result["status"] = "finished"
     except BaseException as error:
         result |= what_is_done(journal, error)

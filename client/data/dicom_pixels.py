@@ -155,6 +155,9 @@ def _decoded(image: Dataset, syntax: UID) -> Iterator[NDArray[Any]]:
     if syntax == DEFLATED_FRAMES:
         yield from _inflated_frames(image)
         return
+    if int(image.BitsAllocated) == 1 and not syntax.is_encapsulated:
+        yield from _packed_frames(image)
+        return
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:
@@ -167,6 +170,19 @@ def _decoded(image: Dataset, syntax: UID) -> Iterator[NDArray[Any]]:
             yield apply_modality_lut(frame, image)
         else:
             yield apply_color_lut(frame, image)[..., :3] if is_palette else frame
+
+
+def _packed_frames(image: Dataset) -> Iterator[NDArray[Any]]:
+    """Frames of single bits, which follow each other without a gap: one may begin within a byte (PS3.5, 8.1.1).
+
+    pydicom's decoder of single frames cannot take those apart whose number of pixels is no multiple of 8.
+    """
+    rows, columns = int(image.Rows), int(image.Columns)
+    packed = np.frombuffer(image.PixelData, np.uint8)
+    for k in range(max(int(image.get("NumberOfFrames") or 1), 1)):
+        begin, end = k * rows * columns, (k + 1) * rows * columns
+        bits = np.unpackbits(packed[begin // 8 : -(-end // 8)], bitorder="little")
+        yield bits[begin % 8 : begin % 8 + rows * columns].reshape(rows, columns)
 
 
 def _by_the_first_that_can(image: Dataset, syntax: UID, decoder: Any) -> Iterator[tuple[NDArray[Any], Any]]:

@@ -129,7 +129,10 @@ class Reader:
         if "unusable" in reply:
             raise UnusableError(Reason(reply["unusable"]))
         rooms = [room] if len(reply["arrays"]) == 1 else [None] * len(reply["arrays"])
-        arrays = [self._array(process, until, *one, of) for one, of in zip(reply["arrays"], rooms, strict=True)]
+        arrays = [
+            self._array(process, until, dtype, shape, of)
+            for (dtype, shape), of in zip(reply["arrays"], rooms, strict=True)
+        ]
         return Reply(reply["facts"], tuple(arrays))
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from shared_models.seeds import derive, generator
 from shared_models.task import Sample
 from shared_models.weights import Weights, decode, load_weights
 from simulation.baselines import DEVICE
-from simulation.by_scanner import leakage
+from simulation.by_scanner import probed
 from simulation.experiments.harness import Experiment, Results, claim, row
 from simulation.run import Request, Watcher, find_sites
 from simulation.stations import cohort_of
@@ -98,7 +98,7 @@ def look(request: Request) -> dict[str, Any]:
             }
         )
     last = decode((request.folder / "model.safetensors").read_bytes())[0]
-    return {"looks": found, "leakage": leakage(Trainer(request.plan, DEVICE), last, sites)}
+    return {"looks": found, "leakage": probed(Trainer(request.plan, DEVICE), last, sites)["leakage"]}
 
 
 def drawn_of(trainer: Trainer, cohort: Any, split: str, rng: np.random.Generator) -> list[Sample]:

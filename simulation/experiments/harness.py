@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,9 @@ class Experiment:
     compares: bool = True
     """Whether each run is compared with a central and with local models."""
 
+    pictures: bool = True
+    """Whether the report of each run shows test patients."""
+
     measured_at: str | None = None
     """The arm on whose test patients the models of all arms are measured, the first to run; its means are ``measured`` in
     each result. None where each run is measured on its own."""
@@ -63,6 +66,9 @@ class Experiment:
 
     snapshots: Callable[[Plan], tuple[int, ...]] = lambda plan: ()
     """Rounds of an arm whose weights are kept for it."""
+
+    configure: Callable[[str, Request, Watcher], Plan] | None = None
+    """The plan of an arm that follows from the hospitals of a seed; None where all are what ``arms`` gives."""
 
 
 def row(method: str, metric: str, split: str, values: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -136,8 +142,11 @@ def run_experiment(
             arm: _request(experiment, plan, folder / f"seed-{seed}", arm, seed, workers, data)
             for arm, plan in arms.items()
         }
-        for arm, request in requests.items():
-            results[arm].append(_result(experiment, request, requests, watcher))
+        for arm in arms:
+            if experiment.configure is not None:
+                configured = experiment.configure(arm, requests[arm], watcher)
+                requests[arm] = replace(requests[arm], plan=configured)
+            results[arm].append(_result(experiment, requests[arm], requests, watcher))
     every = [result for of_arm in results.values() for result in of_arm]
     result = {
         "experiment": experiment.name,
@@ -173,6 +182,7 @@ def _request(
         and experiment.measured_at is None
         and (experiment.after is None or experiment.compared == arm),
         snapshots=experiment.snapshots(plan),
+        pictures=experiment.pictures,
     )
 
 

@@ -28,6 +28,7 @@ LIAR = "tests/client/test_lying_server.py"
 ADAPTED = "tests/client/test_adapted_training.py"
 ADAPTATION = "tests/shared_models/test_adaptation.py"
 EGRESS = "tests/client/test_egress.py"
+FINGERPRINT = "tests/client/test_fingerprint.py"
 RESULTS = "tests/server/test_results.py"
 COMPARISON = "tests/simulation/test_private_comparison.py"
 LEAVING = "tests/client/test_leaving.py"
@@ -824,6 +825,35 @@ _DOOR = (
         "a policy that allows counts lets them out under privacy",
         ("client/gate.py", "if is_private and not release.is_noised:", "if False:"),
         caught_by=(f"{GATE}::TestPrivacy::test_what_has_no_noise_is_stopped",),
+    ),
+    patch(
+        "fingerprint without noise",
+        (
+            "client/fingerprint.py",
+            "return np.asarray(total.noised(randomness).numpy()) / cost.sampling_rate",
+            "return total.integers.numpy() * mechanism.grid",
+        ),
+        caught_by=(
+            f"{FINGERPRINT}::TestWhatLeaves::test_noised_counts_leave_with_their_cost",
+            f"{FINGERPRINT}::TestWhatLeaves::test_deviation_of_the_noise_is_what_the_server_reckons",
+        ),
+    ),
+    patch(
+        "fingerprint for whoever approved training",
+        ("client/station.py", 'if (question.kind == "fingerprint") != (plan.asks == "fingerprint"):', "if False:"),
+        caught_by=(f"{FINGERPRINT}::TestWhoSaysNo::test_plan_that_trains_is_no_leave_to_count",),
+    ),
+    patch(
+        "fingerprint in which each study counts",
+        (
+            "shared_models/fingerprint.py",
+            "return np.mean(rows, axis=0) if rows else np.zeros(N_VALUES)",
+            "return np.sum(rows, axis=0) if rows else np.zeros(N_VALUES)",
+        ),
+        caught_by=(
+            "tests/shared_models/test_self_configuration.py::TestFingerprint::"
+            "test_patient_counts_once_however_many_studies",
+        ),
     ),
     patch(
         "metrics without noise",

@@ -18,6 +18,7 @@ from shared_models.weights import decode
 QUESTION = Question("run-1", 2, "train", "c" * 64, "a" * 64)
 VALUES = {
     "update": {"w": np.array([0.5, -1.0], np.float32)},
+    "fingerprint": {"size.z": np.array([2.0, 0.5], np.float32)},
     "metric": {"dice": 0.75, "training_loss": 0.5},
     "count": {"trained": 3, "measured": 1},
     "cost": {"epsilon": 2.5, "delta": 1e-5, "declared_size": 200.0},
@@ -39,7 +40,10 @@ class TestRelease:
         answer = decode_answer(gate.release(QUESTION, [Release(kind, VALUES[kind]) for kind in get_args(Kind)]).answer)
 
         assert (answer.site, answer.question, answer.refusal) == ("site-1", QUESTION, None)
-        assert answer.update["w"].tolist() == [0.5, -1.0]
+        assert {name: array.tolist() for name, array in answer.update.items()} == {
+            "w": [0.5, -1.0],
+            "size.z": [2.0, 0.5],
+        }
         assert (answer.metrics, answer.counts) == (VALUES["metric"], VALUES["count"])
 
     def test_scanners_of_the_vocabulary_leave(self, gate):
@@ -60,9 +64,10 @@ class TestRelease:
 
     def test_list_of_kinds_is_the_one_that_was_agreed(self):
         """
-        A new kind of release is a decision: it changes this list, and the answer has a field for each and no other.
+        A new kind of release is a decision: it changes this list, and the answer has a field for each and no other; counts
+        of a fingerprint are arrays, as an update is, and come where it does.
         """
-        assert get_args(Kind) == ("update", "metric", "count", "cost", "moments")
+        assert get_args(Kind) == ("update", "fingerprint", "metric", "count", "cost", "moments")
         assert [field.name for field in fields(Answer)] == [
             "site",
             "question",
@@ -83,6 +88,7 @@ class TestRelease:
 
         assert manifest == {
             "update": {"shapes": {"w": [2]}, "norm": pytest.approx(1.25**0.5)},
+            "fingerprint": {"names": ["size.z"]},
             "metric": {"names": ["dice", "training_loss"]},
             "count": {"names": ["measured", "trained"]},
             "cost": {"values": VALUES["cost"]},
@@ -98,9 +104,9 @@ class TestRelease:
         left = {"update": answer.update, "metric": answer.metrics, "count": answer.counts, "cost": answer.cost}
         left["moments"] = answer.moments
 
-        assert {name for name, value in left.items() if value} == {kind}
+        assert {name for name, value in left.items() if value} == {"update" if kind == "fingerprint" else kind}
 
-    @pytest.mark.parametrize("kind", ["scanner", "patient", "fingerprint", "", "Update", None])
+    @pytest.mark.parametrize("kind", ["scanner", "patient", "hash", "", "Update", None])
     def test_unlisted_kind_is_stopped(self, gate, kind):
         """
         A release of a kind nobody agreed on is stopped with C147, whatever it holds.
@@ -121,7 +127,7 @@ class TestRelease:
         """
         NaN and infinity never leave, in an update, a metric or a count.
         """
-        value = np.array([1.0, bad], np.float32) if kind == "update" else bad
+        value = np.array([1.0, bad], np.float32) if kind in ("update", "fingerprint") else bad
 
         with pytest.raises(FederadError, match="C147"):
             gate.release(QUESTION, [Release(kind, {"good": 1.0, "bad": value})])
@@ -146,7 +152,7 @@ class TestRelease:
 
 
 class TestPrivacy:
-    @pytest.mark.parametrize("kind", ["update", "metric", "count", "moments"])
+    @pytest.mark.parametrize("kind", ["update", "fingerprint", "metric", "count", "moments"])
     @pytest.mark.parametrize("rule", [None, "allowed", "noised", "forbidden"])
     def test_what_has_no_noise_is_stopped(self, kind, rule):
         """

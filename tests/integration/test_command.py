@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from server.journal import Journal
+from shared_models.plan import Plan
 from shared_models.weights import decode, weights_sha256
 
 PLANS = Path(__file__).parents[2] / "simulation" / "plans"
@@ -101,6 +102,37 @@ class TestData:
         headers = [pydicom.dcmread(next(Path(h["folder"]).rglob("im-001.dcm"))) for h in hospitals]
         assert headers[0].Manufacturer != headers[1].Manufacturer
         assert all(header.Modality == "MR" for header in headers)
+
+
+class TestConfigure:
+    def test_plan_configures_itself_from_its_sites(self, tmp_path):
+        """
+        `federad-sim configure` asks emulated hospitals and writes a plan for their spacing; nothing else is left behind.
+        """
+        plan = tmp_path / "plan.toml"
+        plan.write_text(
+            (PLANS / "smoke.toml").read_text().replace("patients = 6", "patients = 3\nspacing_mm = [8.0, 3.0, 3.0]")
+        )
+        done = run(
+            "configure",
+            plan,
+            "--sites",
+            3,
+            "--out",
+            tmp_path / "own.toml",
+            "--memory-gb",
+            0.05,
+            "--workers",
+            1,
+            "--json",
+        )
+        assert done.returncode == 0, done.stderr
+        found, told = Plan.load(tmp_path / "own.toml"), json.loads(done.stdout)
+
+        assert (told["plan_sha256"], told["n_sites"]) == (found.sha256, 3)
+        assert (found.data.dimensions, found.data.spacing_mm) == (2, (3.0, 3.0))
+        assert found.simulation == Plan.load(plan).simulation
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["own.toml", "plan.toml"]
 
 
 class TestExperiment:

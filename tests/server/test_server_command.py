@@ -16,6 +16,9 @@ from server.journal import Journal
 from server.runs import Order, RunFolder
 from shared_models.consortium import EnrolReply, Invitation
 from shared_models.errors import FederadError
+from shared_models.fingerprint import as_arrays, fingerprint_plan, vector_of
+from shared_models.plan import Plan
+from shared_models.weights import weights_sha256
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,6 +266,40 @@ class TestRuns:
         ended = command("watch", "--json", cwd=made)
 
         assert json.loads(ended.stdout.splitlines()[-1])["state"] == "stopped"
+
+    def test_finished_fingerprint_configures_a_plan(self, made, consortium, smoke_plan):
+        """
+        What three sites have said is read from the journal, and the plan that follows is one that can be run.
+        """
+        asked = fingerprint_plan(smoke_plan)
+        consortium.offer(asked, "a-run", 0)
+        folder = RunFolder(consortium.folder, "a-run")
+        folder.create(asked, Order(wait_for=3))
+        mean = as_arrays(20 * vector_of([((5.0, 1.0, 1.0), (20, 224, 192))]))
+        record = {"round": 1, "replied": ["site-1", "site-2", "site-3"], "weights_sha256": weights_sha256(mean)}
+        folder.journal.commit(1, record, mean)
+        (made / "plan.toml").write_bytes(_smoke())
+        words = ("configure", "a-run", "plan.toml", "--to", "configured.toml", "--memory-gb", "0.5")
+        early = command(*words, cwd=made)
+        consortium.set_run_state("a-run", "finished")
+        found = told(command(*words, "--json", cwd=made))
+        plan = Plan.load(made / "configured.toml")
+
+        assert early.returncode == 243, early.stderr
+        assert found["plan_sha256"] == plan.sha256
+        assert (plan.task.network, plan.data.dimensions, plan.data.spacing_mm) == ("dynunet", 3, (5.0, 1.0, 1.0))
+        assert command(*words, cwd=made).returncode == 242
+
+    def test_run_that_trains_has_no_fingerprint(self, made, consortium, smoke_plan):
+        """
+        A plan is not configured from a model: S243.
+        """
+        consortium.offer(smoke_plan, "a-run", 0)
+        RunFolder(consortium.folder, "a-run").create(smoke_plan, Order(wait_for=2))
+        consortium.set_run_state("a-run", "finished")
+        (made / "plan.toml").write_bytes(_smoke())
+
+        assert command("configure", "a-run", "plan.toml", "--to", "b.toml", cwd=made).returncode == 243
 
     def test_run_whose_process_is_gone_is_shown_as_interrupted(self, made, consortium, smoke_plan):
         """

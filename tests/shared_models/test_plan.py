@@ -68,6 +68,8 @@ FULL: Tables = {
     "simulation": {
         "patients": 12,
         "slices": 6,
+        "spacing_mm": [5.0, 0.9, 1.1],
+        "spacing_spread": 0.1,
         "scanners": ["one", "two"],
         "prevalence": [0.5, 0.25],
         "label_skew": 0.5,
@@ -217,8 +219,8 @@ CLASSIFYING_KEYS = [
     ("training", "class_weights"),
     ("training", "balanced"),
 ]
-LOSS_KEYS = [("training", "loss"), ("task", "target"), ("task", "views"), ("task", "dropout")]
-"""Keys that mean nothing in segmentation, whose plan this is."""
+LOSS_KEYS = [("asks",), ("training", "loss"), ("task", "target"), ("task", "views"), ("task", "dropout")]
+"""Keys that mean nothing in this plan, which trains, and segments."""
 
 RECONSTRUCTING_KEYS = [
     *(("task", key) for key in ("reference", "mask", "acceleration", "site_acceleration", "centre_fraction")),
@@ -493,6 +495,8 @@ class TestContradictions:
         ("_run_of_start", ("strategy", "start"), None, "strategy.start_run"),
         ("_average", ("strategy", "release"), "last", "strategy.average_decay"),
         ("_average", ("strategy", "average_decay"), None, "strategy.average_decay"),
+        ("_spread_around_something", ("simulation", "spacing_mm"), None, "simulation.spacing_spread"),
+        ("_asks_once", ("asks",), "fingerprint", "rounds"),
         ("_axes_agree", ("data", "patch"), [32, 32, 32], "data.patch"),
         ("_axes_agree", ("data", "spacing_mm"), [1.0, 1.0, 1.0], "data.spacing_mm"),
         ("_axes_agree", ("data", "dimensions"), 3, "data.patch"),

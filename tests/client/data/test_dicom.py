@@ -185,6 +185,18 @@ class TestSegmentation:
         assert label.dtype == np.uint8
         np.testing.assert_array_equal(label, self.expected(series, mask, 2))
 
+    @pytest.mark.parametrize("shape", [(5, 7, 5), (9, 3, 5), (9, 3, 3), (4, 4, 4)])
+    def test_frames_of_any_number_of_pixels_are_read(self, tmp_path, write_series, write_seg, shape):
+        """
+        Frames of single bits follow each other without a gap, so one may begin and end anywhere within a byte.
+        """
+        series = write_series(tmp_path, np.ones(shape), shuffle=5)
+        mask = np.random.default_rng(1).random(shape) > 0.5
+        mask[:, 0, 0] = True
+        order = np.argsort([float(ds.ImagePositionPatient[2]) for ds in series.datasets])
+
+        np.testing.assert_array_equal(self.read(write_seg(series, {"lesion": mask}), series), mask[order] * 2)
+
     def test_frames_without_a_name_go_by_their_position(self, series, mask, write_seg, edit):
         """
         Where a frame names no slice, the place of its plane decides.
