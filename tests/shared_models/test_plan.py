@@ -918,6 +918,12 @@ class TestClassification:
         ("_weight_for_each_label", ("training",), {"class_weights": [1.0]}, "give 2 numbers"),
         ("_balance_is_counted", ("training",), {"class_weights": [1.0, 2.0], "balanced": True}, "remove one"),
         ("_views_are_of_cubes", ("task", "views"), "orthogonal", "set dimensions = 3"),
+        (
+            "_several_labels",
+            ("task",),
+            {**CLASSIFYING["task"], "target": "multi-label", "labels": [f"finding {n}" for n in range(31)]},
+            "name 30 labels",
+        ),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
