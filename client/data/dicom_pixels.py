@@ -54,19 +54,20 @@ MAX_CONTOUR_VALUES = 20_000_000
 
 _PLUGINS = {
     uid.RLELossless: (codecs.NAME, "pylibjpeg", "pydicom"),
-    uid.JPEGBaseline8Bit: ("pylibjpeg", "gdcm"),
-    uid.JPEGExtended12Bit: ("pylibjpeg", "gdcm"),
-    uid.JPEGLossless: (codecs.NAME, "pylibjpeg", "gdcm"),
-    uid.JPEGLosslessSV1: (codecs.NAME, "pylibjpeg", "gdcm"),
-    uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
-    uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg", "gdcm"),
-    uid.JPEG2000Lossless: ("pylibjpeg", "gdcm"),
-    uid.JPEG2000: ("pylibjpeg", "gdcm"),
+    uid.JPEGBaseline8Bit: ("pylibjpeg",),
+    uid.JPEGExtended12Bit: ("pylibjpeg",),
+    uid.JPEGLossless: (codecs.NAME, "pylibjpeg"),
+    uid.JPEGLosslessSV1: (codecs.NAME, "pylibjpeg"),
+    uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg"),
+    uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg"),
+    uid.JPEG2000Lossless: ("pylibjpeg",),
+    uid.JPEG2000: ("pylibjpeg",),
     uid.HTJ2KLossless: ("pylibjpeg",),
     uid.HTJ2KLosslessRPCL: ("pylibjpeg",),
     uid.HTJ2K: ("pylibjpeg",),
 }
-"""The fastest decoder of each compressed syntax first; the others for what it refuses."""
+"""The fastest decoder of each compressed syntax first; the others for what it refuses. GDCM is none of them: it read
+nothing that these refuse, and ended its process on damaged files."""
 
 for _syntax in codecs.DECODER_DEPENDENCIES:
     get_decoder(_syntax).add_plugin(codecs.NAME, (codecs.__name__, codecs.decode_frame.__name__))
