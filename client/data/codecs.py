@@ -1,50 +1,39 @@
-"""Run lengths and lossless JPEG (DICOM PS3.5, A.4.2 and annex G) by imagecodecs, as a plugin of pydicom's decoders.
+"""Run lengths and lossless JPEG (DICOM PS3.5, annex G and A.4.2) by imagecodecs, decoded right where they are to lie.
 
-Runs in the child of ``reader``. For grey images alone: colour is left to the next decoder, which knows what becomes of its
-colour space, as is whatever this one refuses.
+Runs in the child of ``reader``. For grey images alone: colour, and whatever is refused here, is left to pydicom's decoders.
 """
 
 from __future__ import annotations
 
+import numpy as np
 from imagecodecs import dicomrle_decode, jpeg8_decode
-from pydicom.pixels.decoders.base import DecodeRunner
-from pydicom.uid import JPEGLossless, JPEGLosslessSV1, RLELossless
+from numpy.typing import NDArray
+from pydicom.uid import UID, JPEGLossless, JPEGLosslessSV1, RLELossless
 
-NAME = "imagecodecs"
-
-DECODER_DEPENDENCIES = dict.fromkeys((RLELossless, JPEGLossless, JPEGLosslessSV1), (NAME,))
-"""The transfer syntaxes, and what pydicom says when a decoder is missing."""
+SYNTAXES = (RLELossless, JPEGLossless, JPEGLosslessSV1)
 
 
-def is_available(uid: str) -> bool:
-    """Whether pixels of this transfer syntax can be decoded here."""
-    return uid in DECODER_DEPENDENCIES
+def decode(source: bytes, syntax: UID, into: NDArray[np.integer]) -> None:
+    """Decode one frame.
 
-
-def decode_frame(source: bytes, runner: DecodeRunner) -> bytearray:
-    """One frame as ``runner`` wants it: little endian, row by row.
+    Parameters
+    ----------
+    source
+        As it lies in the file.
+    syntax
+        One of ``SYNTAXES``.
+    into
+        Where the frame goes, ``(row, column)``, native whole numbers; without memory between its rows.
 
     Raises
     ------
     ValueError
-        If it is not grey, or of another size than the header says; whatever else the decoder raises.
+        If it is of another size or depth than ``into``; whatever else the decoders raise.
     """
-    if runner.samples_per_pixel != 1:
-        raise ValueError("not grey")
-    return _run_lengths(source, runner) if runner.transfer_syntax == RLELossless else _lossless_jpeg(source, runner)
-
-
-def _run_lengths(source: bytes, runner: DecodeRunner) -> bytearray:
-    frame = bytearray(runner.rows * runner.columns * runner.bits_allocated // 8)
-    decoded = dicomrle_decode(source, f"<u{runner.bits_allocated // 8}", out=frame)
-    if len(decoded) != len(frame):
-        raise ValueError("shorter than its header says")
-    return frame
-
-
-def _lossless_jpeg(source: bytes, runner: DecodeRunner) -> bytearray:
-    values = jpeg8_decode(source)
-    if values.shape != (runner.rows, runner.columns):
-        raise ValueError("of another size than its header says")
-    runner.set_option("bits_allocated", 8 * values.dtype.itemsize)
-    return bytearray(values.astype(values.dtype.newbyteorder("<"), copy=False).data.cast("B"))
+    unsigned = into.view(f"u{into.itemsize}")
+    if syntax == RLELossless:
+        data = unsigned.reshape(-1).view(np.uint8)
+        if len(dicomrle_decode(source, unsigned.dtype, out=data.data)) != data.size:
+            raise ValueError("shorter than its header says")
+    else:
+        jpeg8_decode(source, out=unsigned)

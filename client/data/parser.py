@@ -141,7 +141,7 @@ def _answer(ability: Callable[..., Any], arguments: dict[str, Any]) -> dict[str,
         return {"unusable": Reason.TOO_LARGE if isinstance(error.__cause__, MemoryError) else error.reason}
     except MemoryError:
         return {"unusable": Reason.TOO_LARGE}
-    except Exception:
+    except BaseException:  # a decoder in Rust that gives up is no Exception
         return {"unusable": Reason.DAMAGED}
 
 

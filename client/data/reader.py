@@ -128,11 +128,9 @@ class Reader:
         reply = self._line(process, until)
         if "unusable" in reply:
             raise UnusableError(Reason(reply["unusable"]))
-        rooms = [room] if len(reply["arrays"]) == 1 else [None] * len(reply["arrays"])
-        arrays = [
-            self._array(process, until, dtype, shape, of)
-            for (dtype, shape), of in zip(reply["arrays"], rooms, strict=True)
-        ]
+        said = reply["arrays"]
+        room = room if len(said) == 1 else None
+        arrays = [self._array(process, until, dtype, shape, room) for dtype, shape in said]
         return Reply(reply["facts"], tuple(arrays))
 
     def close(self) -> None:

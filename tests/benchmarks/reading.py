@@ -102,19 +102,16 @@ def _slice(values, k, series, storage):
 
 
 def _as_lossless_jpeg(source: Path, target: Path) -> None:
-    import gdcm
+    from imagecodecs import jpeg8_encode
+    from pydicom import dcmread
+    from pydicom.encaps import encapsulate
+    from pydicom.uid import JPEGLosslessSV1
 
-    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
-    reader.SetFileName(str(source))
-    reader.Read()
-    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
-    change.SetInput(reader.GetImage())
-    if not change.Change():
-        raise SystemExit("gdcm cannot write lossless JPEG")
-    writer.SetFile(reader.GetFile())
-    writer.SetImage(change.GetOutput())
-    writer.SetFileName(str(target))
-    writer.Write()
+    ds = dcmread(source)
+    ds.PixelData = encapsulate([jpeg8_encode(ds.pixel_array, lossless=True, predictor=1, bitspersample=12)])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.save_as(target, enforce_file_format=True)
 
 
 def read_bytes(paths: list[Path]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from pydicom import Dataset, dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless, RTStructureSetStorage
 
-from client.data import dicom, reader
+from client.data import dicom, parser, reader
 from client.data.reader import Reader
 from client.data.skips import Reason, UnusableError
 
@@ -59,6 +59,19 @@ class TestReader:
         """
         assert reason_of(ask, one, series.files[0], "no such ability, and the process ends") is Reason.CRASHED
         assert ask(one, series.files[1]).facts["kind"] == "image"
+
+    def test_decoder_that_panics_is_no_reason_to_end(self):
+        """
+        One in Rust that gives up raises what is no ``Exception``; the file is damaged, and its process stays.
+        """
+
+        class Panic(BaseException):
+            pass
+
+        def give_up(path):
+            raise Panic("index out of bounds")
+
+        assert parser._answer(give_up, {"path": "a.dcm"}) == {"unusable": Reason.DAMAGED}
 
     def test_file_that_never_ends_is_given_up(self, one, series, monkeypatch):
         """

@@ -30,7 +30,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from client.data import codecs, dicom, dicom_pixels
+from client.data import codecs, dicom
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort
 from client.data.dicom_files import DEFLATED_FRAMES, GRID_TAG
@@ -134,24 +134,45 @@ class TestCompressed:
         np.testing.assert_array_equal(found, np.stack([values, values]))
 
     @pytest.mark.parametrize(("syntax", "encode"), [(RLELossless, run_lengths), (JPEGLosslessSV1, lossless(1, 16))])
-    def test_first_decoder_takes_grey_images_and_leaves_the_rest_to_others(self, series, syntax, encode):
+    def test_quick_decoder_says_what_another_says_or_refuses(self, series, syntax, encode):
         """
-        What it says itself is what another decoder says; colour it refuses, and a frame of another size.
+        The same values as pydicom's decoder; a frame of another size or depth than the header says is none.
         """
-        stored(series.files[0], [encode(image(16))], 16, syntax)
-        ds = dcmread(series.files[0])
-        assert dicom_pixels._PLUGINS[syntax][0] == codecs.NAME
-        decoder = get_decoder(syntax)
+        frame = encode(image(16))
+        stored(series.files[0], [frame], 16, syntax)
+        theirs = next(get_decoder(syntax).iter_array(dcmread(series.files[0]), decoding_plugin="pylibjpeg"))[0]
+        ours = np.empty((ROWS, COLUMNS), np.uint16)
 
-        ours, theirs = (next(decoder.iter_array(ds, decoding_plugin=name))[0] for name in (codecs.NAME, "pylibjpeg"))
+        codecs.decode(frame, syntax, ours)
 
         np.testing.assert_array_equal(ours, theirs)
-        ds.Rows = ROWS + 1
-        with pytest.raises(RuntimeError):
-            next(decoder.iter_array(ds, decoding_plugin=codecs.NAME))
-        ds.Rows, ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PlanarConfiguration = ROWS, 3, "RGB", 0
-        with pytest.raises(RuntimeError, match="not grey"):
-            next(decoder.iter_array(ds, decoding_plugin=codecs.NAME))
+        for other in (np.empty((ROWS + 1, COLUMNS), np.uint16), np.empty((ROWS, COLUMNS), np.uint8)):
+            with pytest.raises((ValueError, RuntimeError)):
+                codecs.decode(frame, syntax, other)
+
+    @pytest.mark.parametrize("syntax", [RLELossless, JPEGLosslessSV1])
+    def test_colour_is_left_to_another_decoder(self, tmp_path, write_series, syntax):
+        """
+        Red, green and blue come back as they were.
+        """
+        series = write_series(tmp_path, np.zeros((1, ROWS, COLUMNS)))
+        rgb = np.stack([image(8, seed) for seed in (0, 5, 9)], axis=-1)
+        tags = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0, "Modality": "XC"}
+        if syntax == RLELossless:
+            ds = dcmread(series.files[0])
+            for name, value in tags.items():
+                setattr(ds, name, value)
+            ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 8, 8, 7, 0
+            ds.PixelData = rgb.tobytes()
+            ds.compress(syntax)
+            ds.save_as(series.files[0])
+        else:
+            frame = imagecodecs.jpeg8_encode(rgb, lossless=True, predictor=1, colorspace="rgb", outcolorspace="rgb")
+            stored(series.files[0], [frame], 8, syntax, **tags)
+
+        np.testing.assert_array_equal(
+            dicom.read_series(series.files, even=False).scan.image[:, 0], np.moveaxis(rgb, -1, 0)
+        )
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
     def test_run_lengths_that_end_early_are_no_image(self, series, share):
