@@ -129,7 +129,7 @@ def write_series(case: Case, folder: Path, values: NDArray[np.float32], derivati
             one.SliceThickness = _decimal(thickness_mm)
         _draw(one, stored[k], window)
         _save(one, folder / f"{k + 1:04d}.dcm")
-    return "MR images" if place is not None else "secondary capture images"
+    return "MR image" if place is not None else "secondary capture image"
 
 
 def _where(case: Case) -> tuple[Place | None, tuple[float, float] | None, float | None]:

@@ -61,6 +61,9 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     """What a reader has to know of this prediction, in sentences."""
 
+    warnings: list[str] = field(default_factory=list)
+    """Why what is shown may be wrong, in sentences that stand above it."""
+
 
 def entropy(probabilities: NDArray[np.float32]) -> NDArray[np.float32]:
     """How undecided a distribution is: its entropy over the largest possible one, 0 to 1.

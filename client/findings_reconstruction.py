@@ -84,7 +84,7 @@ def _tell(case: Case, masks: NDArray[np.bool_], acceleration: float, found: Find
     """What a reader must know of where the samples come from."""
     plan = case.model.plan
     if case.is_made_up:
-        found.notes.append(
+        found.warnings.append(
             "The study has magnitudes alone: phase, coils and k-space were made up from them, and no scanner measured "
             "them. This shows what the model does, and replaces no acquisition."
         )
@@ -99,12 +99,12 @@ def _tell(case: Case, masks: NDArray[np.bool_], acceleration: float, found: Find
     )
     learned = plan.task.acceleration
     if max(acceleration / learned, learned / acceleration) > OTHER_SHARE:
-        found.notes.append(
+        found.warnings.append(
             f"The model learned from 1/{learned:g} of k-space, and this is 1/{acceleration:.3g}: it is used where it did "
             "not learn."
         )
     if not all(centre_is_measured(mask, plan.task.centre_fraction) for mask in masks):
-        found.notes.append(
+        found.warnings.append(
             f"The middle {plan.task.centre_fraction:.0%} of k-space, in which the model looks for the coils, was not all "
             "measured: what it shows cannot be relied on."
         )
@@ -122,6 +122,11 @@ def _tell_stability(case: Case, task: Reconstruction, device: torch.device, foun
             f"; of a small bright disc that was put into the image {card['structure']:.0%} comes back (zero-filled: "
             f"{card['structure_zero_filled']:.0%})"
         )
+        if card["structure"] < card["structure_zero_filled"]:
+            found.warnings.append(
+                "The model keeps less of a small structure that it has not seen than the zero-filled image does: look at "
+                "that, too."
+            )
     found.notes.append(f"{said}. A learned reconstruction can lose small structures, and show some that are not there.")
 
 
@@ -136,7 +141,7 @@ def _write(case: Case, folder: Path, values: NDArray[np.float32], acceleration: 
     origin = "k-space made up from magnitudes" if case.is_made_up else "k-space"
     derivation = f"Magnitude reconstructed by {model.name} from 1/{acceleration:.3g} of {origin}."
     kind = write_series(case, folder / SERIES, values, derivation)
-    found.files[f"{SERIES}/"] = f"DICOM series of {len(values)} {kind}"
+    found.files[f"{SERIES}/"] = f"DICOM series of {len(values)} {kind}{'s' if len(values) > 1 else ''}"
     if case.acquired is not None:
         found.notes += _unknown(case)
 

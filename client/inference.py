@@ -456,6 +456,7 @@ def _summary(case: Case, findings: Findings) -> dict[str, Any]:
         "device": model.device,
         "measures": findings.measures,
         "files": findings.files,
+        "warnings": findings.warnings,
         "notes": findings.notes,
         "clinical_use": False,
     }

@@ -98,6 +98,26 @@ class TestFastMri:
             with pytest.raises(UnusableError, match=Reason.COILS.value):
                 kspace.read(path, n)
 
+    def test_gaps_are_told_where_they_are_allowed(self, tmp_path):
+        """
+        Lines that were left out stay gaps when the readout's oversampling is cut off: what was measured is told line by
+        line, and the images hold nothing in between.
+        """
+        path = a_file(tmp_path, images=some_images(2))
+        kept = np.array([y in range(12, 20) or y % 4 == 0 for y in range(32)])
+        with h5py.File(path, "r+") as file:
+            file["kspace"][...] = np.where(kept, file["kspace"][...], 0)
+
+        read = kspace.read(path, 2, with_gaps=True)
+
+        assert read.images.shape == (2, 3, 32, 24)
+        np.testing.assert_array_equal(read.measured, np.broadcast_to(kept[:, None], (3, 32, 24)))
+        np.testing.assert_allclose(transformed(read.images)[..., ~kept, :], 0, atol=1e-4)
+        np.testing.assert_allclose(
+            transformed(read.images)[..., kept, :], transformed(some_images(2))[..., kept, :], atol=1e-3
+        )
+        assert kspace.read(a_file(tmp_path, "whole.h5"), 2, with_gaps=True).measured is None
+
     def test_what_is_not_fully_sampled_has_no_reference(self, tmp_path):
         """
         Empty lines between measured ones, or a mask beside the data, as in the test files of fastMRI.

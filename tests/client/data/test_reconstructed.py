@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import h5py
 import nibabel
@@ -17,9 +18,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydicom.uid import MRImageStorage, SecondaryCaptureImageStorage
 from releases import CONSORTIUM, plan_of, publish
 
+from client import findings_reconstruction
 from client.data import dicom
 from client.data.kspace_header import acquired
 from client.data.skips import Reason, UnusableError
+from client.findings import Findings
 from client.folder import SiteFolder
 from client.inference import predict
 from client.plans import Plans
@@ -281,10 +284,9 @@ class TestValues:
             np.testing.assert_allclose(values_of(one), zero_filled(measured), atol=2 * step)
         assert "psnr" not in made.summary["measures"][0]
         assert made.summary["measures"][0]["acceleration"] == pytest.approx(N_Y / len(kept))
-        notes = " ".join(made.summary["notes"])
-        assert "no image from the whole" in notes
-        assert "used where it did not learn" in notes
-        assert "cannot be relied on" not in notes
+        assert "no image from the whole" in " ".join(made.summary["notes"])
+        (warning,) = made.summary["warnings"]
+        assert "used where it did not learn" in warning
 
     def test_missing_centre_is_told(self, site, idle, tmp_path):
         """
@@ -294,7 +296,7 @@ class TestValues:
 
         made = predict(site, idle(), file, tmp_path / "out")
 
-        assert "cannot be relied on" in " ".join(made.summary["notes"])
+        assert "cannot be relied on" in " ".join(made.summary["warnings"])
 
 
 class TestImages:
@@ -303,7 +305,9 @@ class TestImages:
         Where the plan allows k-space that is made up: same patient, study and places, each image refers to the one it was
         made from, and the page says that no scanner measured it.
         """
-        values = np.kron(np.random.default_rng(0).integers(200, 900, (3, 8, 6)), np.ones((1, 4, 4), int))
+        y, x = np.mgrid[:32, :24]
+        blob = np.exp(-((y - 18) ** 2 + (x - 10) ** 2) / 50)
+        values = np.stack([20 + 300 * (k + 1) * blob for k in range(3)]).astype(int)
         series = write_series(tmp_path / "study", values, origin=(-3.0, 4.0, 9.0), shuffle=2, ScanningSequence="GR")
 
         made = predict(site, idle(acceleration=2.0, simulated=True), series.folder, tmp_path / "out")
@@ -321,7 +325,8 @@ class TestImages:
             assert np.corrcoef(values_of(one).ravel(), source.pixel_array.ravel())[0, 1] > 0.9
             assert values_of(one).mean() == pytest.approx(source.pixel_array.mean(), rel=0.1)
         assert not errors_in(made.folder / "reconstruction" / "0001.dcm")
-        assert "no scanner measured them" in " ".join(made.summary["notes"])
+        assert "no scanner measured them" in " ".join(made.summary["warnings"])
+        assert 'class="warning">The study has magnitudes alone' in made.page.read_text()
 
     def test_nifti_gives_nifti(self, site, idle, write_nifti, tmp_path):
         """
@@ -356,6 +361,21 @@ class TestPage:
             assert said in text, said
         assert "SECRET" not in text
         assert "Quixote" not in text
+
+    def test_model_that_loses_structures_is_warned_of(self):
+        """
+        In a sentence of its own, where it keeps less of one that it has not seen than the zero-filled image does.
+        """
+        card = {"amplification": 2.4, "structure": 0.30, "structure_zero_filled": 0.31}
+        found = {}
+        for name, kept in (("worse", 0.30), ("better", 0.90)):
+            task = Mock(card=lambda *_, kept=kept: card | {"structure": kept})
+            found[name] = Findings("")
+            findings_reconstruction._tell_stability(Mock(), task, Mock(), found[name])
+
+        assert len(found["worse"].warnings) == 1
+        assert found["better"].warnings == []
+        assert "90% comes back (zero-filled: 31%)" in found["better"].notes[0]
 
     def test_deidentified_series_names_nobody(self, site, idle, tmp_path):
         """
