@@ -111,7 +111,7 @@ class TestConfigure:
         """
         plan = tmp_path / "plan.toml"
         plan.write_text(
-            (PLANS / "smoke.toml").read_text().replace("patients = 6", "patients = 3\nspacing_mm = [8.0, 3.0, 3.0]")
+            (PLANS / "smoke.toml").read_text().replace("patients = 6", "patients = 4\nspacing_mm = [8.0, 3.0, 3.0]")
         )
         done = run(
             "configure",
