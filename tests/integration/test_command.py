@@ -105,6 +105,7 @@ class TestData:
 
 
 class TestConfigure:
+    @pytest.mark.slow
     def test_plan_configures_itself_from_its_sites(self, tmp_path):
         """
         `federad-sim configure` asks emulated hospitals and writes a plan for their spacing; nothing else is left behind.
