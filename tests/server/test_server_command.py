@@ -13,7 +13,7 @@ from client.enrolment import make_request, take_reply
 from server.cli import app, duration_s, split_host
 from server.consortium import Consortium
 from server.journal import Journal
-from server.runs import Order, RunFolder
+from server.runs import Order, RunFolder, fingerprint_of
 from shared_models.consortium import EnrolReply, Invitation
 from shared_models.errors import FederadError
 from shared_models.fingerprint import as_arrays, fingerprint_plan, vector_of
@@ -280,26 +280,25 @@ class TestRuns:
         folder.journal.commit(1, record, mean)
         (made / "plan.toml").write_bytes(_smoke())
         words = ("configure", "a-run", "plan.toml", "--to", "configured.toml", "--memory-gb", "0.5")
-        early = command(*words, cwd=made)
         consortium.set_run_state("a-run", "finished")
         found = told(command(*words, "--json", cwd=made))
         plan = Plan.load(made / "configured.toml")
 
-        assert early.returncode == 243, early.stderr
         assert found["plan_sha256"] == plan.sha256
         assert (plan.task.network, plan.data.dimensions, plan.data.spacing_mm) == ("dynunet", 3, (5.0, 1.0, 1.0))
         assert command(*words, cwd=made).returncode == 242
 
     def test_run_that_trains_has_no_fingerprint(self, made, consortium, smoke_plan):
         """
-        A plan is not configured from a model: S243.
+        A plan is not configured from a model, nor from a run that has not ended: S243.
         """
         consortium.offer(smoke_plan, "a-run", 0)
-        RunFolder(consortium.folder, "a-run").create(smoke_plan, Order(wait_for=2))
         consortium.set_run_state("a-run", "finished")
-        (made / "plan.toml").write_bytes(_smoke())
+        consortium.offer(fingerprint_plan(smoke_plan), "another-run", 0)
 
-        assert command("configure", "a-run", "plan.toml", "--to", "b.toml", cwd=made).returncode == 243
+        for name, why in (("a-run", "trains a model"), ("another-run", "has not ended")):
+            with pytest.raises(FederadError, match=f"(?s)S243.*{why}"):
+                fingerprint_of(consortium, name)
 
     def test_run_whose_process_is_gone_is_shown_as_interrupted(self, made, consortium, smoke_plan):
         """
