@@ -117,7 +117,9 @@ class InProcessGrid(Grid):
                 self._running[self._submit(message)] = message
             except BrokenProcessPool:
                 self._queue.appendleft(message)
-                break
+                if self._running:
+                    break
+                self._renew_pool()
         done, _ = wait(self._running, timeout=PULL_WAIT_S, return_when=FIRST_COMPLETED)
         return [reply for future in done if (reply := self._reply(future)) is not None]
 

@@ -12,6 +12,7 @@ SWITCHES = {
     "RAY_worker_niceness": "0",
     "HF_HUB_OFFLINE": "1",
     "ORT_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 

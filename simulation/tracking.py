@@ -46,7 +46,6 @@ def log_results(runs: Finished, experiment: str, uri: str) -> int:
     FederadError
         R234 without the package, R237 where MLflow refuses.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     try:
         from mlflow import MlflowClient

@@ -78,7 +78,7 @@ class TestLoad:
             ('hours = "06:00-06:00"', "policy.hours"),
             ('releases.update = "encrypted"', "policy.releases.update"),
             ('releases.status = "noised"', "policy.releases.status"),
-            ('releases.moments = "allowed"', "policy.releases.moments"),
+            ('releases.gradients = "allowed"', "policy.releases.gradients"),
         ],
     )
     def test_mistake_in_the_policy_is_c146_with_its_keys(self, tmp_path, text, key):

@@ -334,8 +334,8 @@ class TestWords:
 
         shown = {name: c for name, c in get_command(app).commands.items() if not c.hidden}
         assert set(shown) == {
-            "enrol-file", "export", "init", "invite", "releases", "resume", "revoke", "run", "sites", "start", "status",
-            "stop", "watch",
+            "configure", "enrol-file", "export", "fingerprint", "init", "invite", "releases", "resume", "revoke", "run",
+            "sites", "start", "status", "stop", "watch",
         }  # fmt: skip
         for name, one in shown.items():
             options = {option for parameter in one.params for option in parameter.opts}

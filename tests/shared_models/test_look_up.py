@@ -39,11 +39,11 @@ class TestLookUp:
     @pytest.mark.parametrize("name", TASKS)
     def test_every_task_is_one(self, name):
         """
-        Each task's entry leads to a task with a headline metric of which more is better.
+        Each task's entry makes a task of a plan, with a headline metric of which more is better.
         """
         task = task_for(contracts.example_plan(name))
 
-        assert isinstance(task, look_up(TASKS, name))
+        assert isinstance(look_up(TASKS, name)(contracts.example_plan(name)), type(task))
         assert isinstance(task, Task)
         assert task.metrics[task.headline]
 

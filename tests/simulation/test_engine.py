@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,22 @@ class TestWorkers:
         outcome = run_rounds(smoke_plan, stations, Journal(tmp_path / "j"), seed=0, execution=Execution(workers=2))
         assert all(record.replied == ["site-1", "site-3"] for record in outcome.records)
         assert all(record.missing == ["node 2"] for record in outcome.records)
+
+    @pytest.mark.slow
+    def test_pool_that_broke_with_nothing_in_hand_is_replaced(self, smoke_plan, stations, tmp_path, monkeypatch):
+        """
+        Nobody's answer tells of it then, and the next question would wait for its deadline in vain.
+        """
+        enter = grid_module.InProcessGrid.__enter__
+
+        def broken(grid):
+            enter(grid)
+            assert isinstance(grid._pool.submit(os._exit, 1).exception(), BrokenProcessPool)
+            return grid
+
+        monkeypatch.setattr(grid_module.InProcessGrid, "__enter__", broken)
+        outcome = run_rounds(smoke_plan, stations, Journal(tmp_path / "j"), seed=0, execution=Execution(workers=2))
+        assert all(record.replied == ["site-1", "site-2", "site-3"] for record in outcome.records)
 
 
 class TestEmulatedReliability:

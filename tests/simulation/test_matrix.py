@@ -10,6 +10,7 @@ import pytest
 from test_report import a_result
 
 from server.journal import Journal
+from shared_models.detection import counted
 from shared_models.plan import Plan
 from shared_models.task import task_for
 from shared_models.weights import weights_sha256
@@ -66,7 +67,8 @@ class TestInterval:
         for i in range(40):
             p = float(np.clip(rng.normal(0.4 + 0.2 * (i % 2), 0.2), 0, 1))
             cells = {f"{k}>{j}": (p if j else 1 - p) if k == i % 2 else 0.0 for k in (0, 1) for j in (0, 1)}
-            patients.append({**cells, "probability": 0.5, "outlined": 0.0, "hit": 0.0})
+            nothing = counted(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.bool_))
+            patients.append({**cells, **nothing, "probability": 0.5, "outlined": 0.0, "hit": 0.0})
         low, high = interval_of(task, patients, 0)
 
         assert 0 < low < task.summary(patients)["auc"] < high <= 1
