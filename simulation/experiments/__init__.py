@@ -1,6 +1,7 @@
 """Every experiment by the name that ``federad-sim experiment`` takes."""
 
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
+from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
@@ -8,5 +9,12 @@ from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
 
 EXPERIMENTS = {
     experiment.name: experiment
-    for experiment in (FEDERATED_VS_CENTRAL, PRIVACY_UTILITY, CLASSIFICATION_REAL, RECONSTRUCTION_REAL, UNSEEN_SCANNER)
+    for experiment in (
+        FEDERATED_VS_CENTRAL,
+        PRIVACY_UTILITY,
+        CLASSIFICATION_REAL,
+        RECONSTRUCTION_REAL,
+        UNSEEN_SCANNER,
+        COLLAPSE,
+    )
 }

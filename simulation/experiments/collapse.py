@@ -227,8 +227,7 @@ def evaluate(results: Results) -> dict[str, Any]:
                 at_least=1.0,
             ),
             claim("moments_used", "share of releases of moments after which it was used", used, at_least=1.0),
-            claim("moments_cost", "Dice that it costs", [-g for g in gained], at_most=0.01),
-            claim("moments_gain", "Dice that it gains, which nobody should claim", gained, at_most=0.01),
+            claim("moments_change", "Dice that it costs or gains", [abs(g) for g in gained], at_most=0.01),
         ],
     }
 

@@ -99,6 +99,7 @@ TABLES: dict[str, Callable[[Result], str]] = {
     "privacy-utility": experiment_table,
     "reconstruction-real": experiment_table,
     "unseen-scanner": experiment_table,
+    "collapse": experiment_table,
     "retina-vessels": run_table,
     "bench": bench_table,
 }
