@@ -177,21 +177,27 @@ class Cohort:
         with warnings.catch_warnings(), one_thread():
             # Decoders' warnings quote header values, and a log may leave the building.
             warnings.simplefilter("ignore")
-            for done, study in enumerate(studies, start=1):
-                if study.patient in excluded:
-                    builder.skipped.append(Skipped(study.key, Reason.EXCLUDED))
+            prepared: list[_Prepared] = []
+            skipped: list[Skipped] = []
+            outcomes = reader.side_by_side(
+                lambda study: builder.outcome(study, published[study.patient], is_excluded=study.patient in excluded),
+                studies,
+            )
+            for done, outcome in enumerate(outcomes, start=1):
+                if isinstance(outcome, Skipped):
+                    skipped.append(outcome)
                 else:
-                    builder.add(study, published[study.patient])
+                    prepared.append(outcome)
                 if on_progress is not None:
                     on_progress(done, len(studies))
-        if not builder.prepared:
-            raise _nothing_usable(plan, builder.skipped)
-        if labels is not None and len({(p.category, p.interval) for p in builder.prepared if not p.is_unlabelled}) == 1:
-            raise _one_label(plan, len(builder.prepared))
-        write_json(folder / "cohort.json", _as_json(plan, builder.prepared, builder.skipped))
-        _tidy(folder, {one.entry for one in builder.prepared})
+        if not prepared:
+            raise _nothing_usable(plan, skipped)
+        if labels is not None and len({(p.category, p.interval) for p in prepared if not p.is_unlabelled}) == 1:
+            raise _one_label(plan, len(prepared))
+        write_json(folder / "cohort.json", _as_json(plan, prepared, skipped))
+        _tidy(folder, {one.entry for one in prepared})
         n_excluded = len({study.patient for study in studies} & excluded)
-        return cls(folder, tuple(builder.prepared), tuple(builder.skipped), builder.seal, n_excluded)
+        return cls(folder, tuple(prepared), tuple(skipped), builder.seal, n_excluded)
 
     @classmethod
     def open(cls, folder: Path, site: str = "", *, secret: bytes, excluded: frozenset[str] = frozenset()) -> Cohort:
@@ -275,7 +281,7 @@ class Cohort:
 
 
 class _Builder:
-    """Prepares one study after the other."""
+    """Prepares studies, several at a time."""
 
     def __init__(
         self,
@@ -286,8 +292,6 @@ class _Builder:
         labels: StudyLabels | None,
         seal: Seal,
     ) -> None:
-        self.prepared: list[_Prepared] = []
-        self.skipped: list[Skipped] = []
         self.seal = seal
         self._folder = folder
         self._plan = plan
@@ -296,7 +300,10 @@ class _Builder:
         self._labels = labels
         self._cohort_key = cohort_key(plan)
 
-    def add(self, study: Study, published: set[Split]) -> None:
+    def outcome(self, study: Study, published: set[Split], *, is_excluded: bool) -> _Prepared | Skipped:
+        """The study in the cache, or why it is not used."""
+        if is_excluded:
+            return Skipped(study.key, Reason.EXCLUDED)
         try:
             if len(published) > 1:
                 raise UnusableError(Reason.SPLITS_DISAGREE)
@@ -308,22 +315,19 @@ class _Builder:
                 category, interval = self._label(study, self._labels, may_lack_label=may_lack_label)
                 has_label = (category, interval) != (None, None)
         except UnusableError as error:
-            self.skipped.append(Skipped(study.key, error.reason))
-            return
+            return Skipped(study.key, error.reason)
         made_up = _begins_at_kspace(self._plan) and kspace.is_simulated(next(iter(study.images.values())))
-        self.prepared.append(
-            _Prepared(
-                study.key,
-                study.patient,
-                split,
-                entry,
-                spacing_mm,
-                study.scanner,
-                category,
-                interval,
-                is_simulated=made_up,
-                is_unlabelled=self._plan.takes_unlabelled and not has_label,
-            )
+        return _Prepared(
+            study.key,
+            study.patient,
+            split,
+            entry,
+            spacing_mm,
+            study.scanner,
+            category,
+            interval,
+            is_simulated=made_up,
+            is_unlabelled=self._plan.takes_unlabelled and not has_label,
         )
 
     def _label(

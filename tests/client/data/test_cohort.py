@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from client.data import cohort as cohort_module
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.keys import key_of, split_of
@@ -378,6 +380,31 @@ class TestCache:
         build(hospital)
 
         assert {p: p.stat().st_mtime_ns for p in hospital.rglob("*")} == before
+
+    def test_several_studies_are_prepared_at_a_time(self, hospital, build, tmp_path, monkeypatch):
+        """
+        On two processors two meet while they are prepared; what comes out is the same as from one after the other.
+        """
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+        alone = build(hospital)
+        before = {study: np.array(alone.volume(study).image) for study in studies(alone)}
+        shutil.rmtree(tmp_path / "cohort" / "volumes")
+        meeting, met, prepare = threading.Barrier(2, timeout=20), [], cohort_module.prepare
+
+        def prepared(*arguments):
+            if not met:
+                meeting.wait()
+                met.append(threading.get_ident())
+            return prepare(*arguments)
+
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+        monkeypatch.setattr(cohort_module, "prepare", prepared)
+        together = build(hospital)
+
+        assert len(set(met)) == 2
+        assert [studies(alone), alone.skipped] == [studies(together), together.skipped]
+        for study, image in before.items():
+            np.testing.assert_array_equal(together.volume(study).image, image)
 
     def test_progress_counts_every_study(self, hospital, build):
         """
