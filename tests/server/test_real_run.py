@@ -126,7 +126,7 @@ class TestRun:
         """
         ServerApp killed, SuperLink killed, run stopped and resumed: the weights are those of an undisturbed run.
         """
-        plan = smoke_plan.model_copy(update={"name": "bad-day", "rounds": 4})
+        plan = smoke_plan.model_copy(update={"name": "bad-day", "rounds": 7})
         run = staged.begin(plan, n_sites=3)
         until(lambda: n_committed(run) >= 1, within_s=180)
         os.kill(staged.server_app(run), signal.SIGKILL)  # the server takes the run up again by itself
