@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from highdicom.sr import CodedConcept
 from numpy.typing import NDArray
 from pydicom import Dataset
 from pydicom.dataset import FileMetaDataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, SecondaryCaptureImageStorage, generate_uid
+from pydicom.valuerep import format_number_as_ds
 
 from client.data.kspace_header import Place
 from client.dicom_results import PURPOSE, equipment, series_description
@@ -118,15 +120,15 @@ def write_series(case: Case, folder: Path, values: NDArray[np.float32], derivati
             one.ScanningSequence = one.get("ScanningSequence") or "RM"  # research mode: the source does not say
             one.SequenceVariant = one.get("SequenceVariant") or "NONE"
             one.FrameOfReferenceUID = one.get("FrameOfReferenceUID") or frame_of_reference
-            one.ImageOrientationPatient = [_decimal(v) for v in place.orientation]
-            one.ImagePositionPatient = [_decimal(v) for v in place.corners[k]]
-            one.PixelSpacing = [_decimal(v) for v in pixel_mm or ()]
+            one.ImageOrientationPatient = [format_number_as_ds(v) for v in place.orientation]
+            one.ImagePositionPatient = [format_number_as_ds(v) for v in place.corners[k]]
+            one.PixelSpacing = [format_number_as_ds(v) for v in pixel_mm or ()]
         else:
             one.ConversionType, one.PatientOrientation = "WSD", None
             if pixel_mm is not None:
-                one.PixelSpacing = [_decimal(v) for v in pixel_mm]
+                one.PixelSpacing = [format_number_as_ds(v) for v in pixel_mm]
         if thickness_mm is not None and place is not None:
-            one.SliceThickness = _decimal(thickness_mm)
+            one.SliceThickness = format_number_as_ds(thickness_mm)
         _draw(one, stored[k], window)
         _save(one, folder / f"{k + 1:04d}.dcm")
     return "MR image" if place is not None else "secondary capture image"
@@ -159,7 +161,9 @@ def _sources(case: Case) -> Iterator[tuple[Dataset, Dataset | None]]:
         reference.ReferencedSOPClassUID, reference.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
         if not is_classic:
             reference.ReferencedFrameNumber = place + 1
-        reference.PurposeOfReferenceCodeSequence = [_item(codes.DCM.SourceImageForImageProcessingOperation)]
+        reference.PurposeOfReferenceCodeSequence = [
+            CodedConcept.from_code(codes.DCM.SourceImageForImageProcessingOperation)
+        ]
         yield source, reference
 
 
@@ -170,7 +174,7 @@ def _equip(one: Dataset, source: Dataset, made: dict[str, Any]) -> None:
     scanner = Dataset()
     _copy(scanner, source, SCANNER)
     if scanner.get("Manufacturer"):
-        scanner.PurposeOfReferenceCodeSequence = [_item(codes.DCM.AcquisitionEquipment)]
+        scanner.PurposeOfReferenceCodeSequence = [CodedConcept.from_code(codes.DCM.AcquisitionEquipment)]
         one.ContributingEquipmentSequence = [scanner]
 
 
@@ -178,7 +182,7 @@ def _draw(one: Dataset, stored: NDArray[np.uint16], window: float) -> None:
     one.SamplesPerPixel, one.PhotometricInterpretation = 1, "MONOCHROME2"
     one.Rows, one.Columns = stored.shape
     one.BitsAllocated, one.BitsStored, one.HighBit, one.PixelRepresentation = 16, 16, 15, 0
-    one.WindowCenter, one.WindowWidth = _decimal(window / 2), _decimal(window)
+    one.WindowCenter, one.WindowWidth = format_number_as_ds(window / 2), format_number_as_ds(window)
     one.PixelData = stored.astype("<u2").tobytes()
     one["PixelData"].VR = "OW"
 
@@ -204,18 +208,3 @@ def _fill(one: Dataset, keywords: tuple[str, ...]) -> None:
     for keyword in keywords:
         if keyword not in one:
             setattr(one, keyword, None)
-
-
-def _item(code: Any) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
-    return item
-
-
-def _decimal(value: float) -> str:
-    """A number as DICOM's DS has it: at most 16 characters."""
-    for digits in range(12, 0, -1):
-        text = f"{value:.{digits}g}"
-        if len(text) <= 16:
-            return text
-    return f"{value:.1g}"

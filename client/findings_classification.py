@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from client.data.preprocessing import on_scan_grid
 from client.findings import Findings, Shown, entropy, file_name, heated, slices_to_show
-from client.findings_maps import limits_of, passes, write_map
+from client.findings_maps import limits_of, write_map
 from shared_models.tasks.multi_label import FOUND, MultiLabel, classification
-from shared_models.uncertainty import Members
+from shared_models.uncertainty import Members, passes
 
 if TYPE_CHECKING:
     from client.inference import Case, OnProgress
@@ -38,7 +38,7 @@ def write(case: Case, folder: Path, on_progress: OnProgress) -> Findings:
     device, members = torch.device(model.device), Members()
     with torch.inference_mode():
         maps = task.predict(model.network, case.volume, device)
-        for number in passes(case):
+        for number in passes(model.network, case.passes, device):
             members.add(distribution(task.probabilities(task.predict(model.network, case.volume, device))))
             on_progress(number + 1, case.passes + 1)
     on_progress(1, 1)

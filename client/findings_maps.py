@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -10,11 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.findings import Findings, save_nifti
-from shared_models import uncertainty
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from client.inference import Case
 
 Form = Literal["nifti", "dicom", "both"]
@@ -64,15 +60,3 @@ _NO_DICOM = "There are no DICOM images here that a parametric map could refer to
 def limits_of(values: NDArray[np.float32]) -> tuple[float, float]:
     """The least and the largest value of a map that has no bounds of its own."""
     return float(values.min()), float(values.max())
-
-
-def passes(case: Case) -> Iterator[int]:
-    """The number of each pass with dropout switched on, if any were asked for; the same study gives the same again."""
-    import torch
-
-    if case.passes == 0:
-        return
-    devices: Sequence[str] = [case.model.device] if case.model.device != "cpu" else []
-    with torch.random.fork_rng(devices), uncertainty.dropping(case.model.network):
-        torch.manual_seed(0)
-        yield from range(case.passes)

@@ -29,9 +29,9 @@ from client.findings import (
     save_picture,
     slices_to_show,
 )
-from client.findings_maps import passes, write_map
+from client.findings_maps import write_map
 from shared_models.tasks.segmentation import Segmentation
-from shared_models.uncertainty import Members
+from shared_models.uncertainty import Members, passes
 
 if TYPE_CHECKING:
     from client.inference import Case, OnProgress
@@ -91,7 +91,7 @@ def _predicted(case: Case, on_progress: OnProgress) -> tuple[NDArray[np.float32]
     with torch.inference_mode():
         plain = task.probabilities(network, case.volume, device)
         members = Members()
-        for _ in passes(case):
+        for _ in passes(model.network, case.passes, device):
             members.add(task.probabilities(network, case.volume, device))
     return plain, members
 

@@ -7,7 +7,6 @@ cannot be looked at counts as none, in silence. Without it shares of the patient
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,14 +15,12 @@ from numpy.typing import NDArray
 
 from client.gate import Release
 from client.policy import Cost
-from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
+from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, add_vectors, chosen
 from shared_models.fingerprint import LARGEST_NORM, N_VALUES, Study, as_arrays, rounded, vector_of
 
 if TYPE_CHECKING:
     from client.data.cohort import Cohort, Patient
     from client.ledger import Reservation
-
-log = logging.getLogger(__name__)
 
 
 def fingerprint_releases(
@@ -58,14 +55,10 @@ def noised_counts(cohort: Cohort, cost: Cost, randomness: Randomness) -> NDArray
         sampling_rate=cost.sampling_rate, noise_multiplier=cost.noise_multiplier, clip=LARGEST_NORM, divisor=1
     )
     total, patients, secret = PatientSum(mechanism, N_VALUES), cohort.patients("train"), randomness.secret()
-    for place in chosen(len(patients), mechanism, randomness):
-        patient = patients[place]
-        try:
-            vector = torch.from_numpy(vector_of(_studies(cohort, patient)))
-        except Exception as error:
-            log.warning("images of a patient cannot be looked at and count as none (%s)", type(error).__name__)
-            continue
-        total.add(vector, patient_seed(secret, patient.key, "fingerprint"))
+    taking_part = [patients[place] for place in chosen(len(patients), mechanism, randomness)]
+    add_vectors(
+        total, taking_part, lambda one: torch.from_numpy(vector_of(_studies(cohort, one))), secret, "the fingerprint"
+    )
     return np.asarray(total.noised(randomness).numpy()) / cost.sampling_rate
 
 

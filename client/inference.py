@@ -28,7 +28,7 @@ from client.data.cohort import image_series, read_coils, read_scan
 from client.data.deidentify import Deidentifier, Handled
 from client.data.kspace import Coils, is_simulated
 from client.data.kspace_header import Acquired, acquired
-from client.data.preprocessing import coil_volume, one_thread, prepare
+from client.data.preprocessing import coil_volume, prepare
 from client.data.records import Kind, Series, Study
 from client.data.scan import Scan
 from client.data.skips import UnusableError
@@ -45,6 +45,7 @@ from shared_models.registry import look_up
 from shared_models.release import Card, Release, verify_folder
 from shared_models.signing import load_public
 from shared_models.tasks import OF_KSPACE
+from shared_models.threads import one_thread
 from shared_models.volume import Volume
 
 if TYPE_CHECKING:

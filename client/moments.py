@@ -8,14 +8,13 @@ see. Without, a scanner with fewer than ``FEWEST`` patients here is left out.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from client.privacy import Mechanism, PatientSum, patient_seed
+from client.privacy import Mechanism, PatientSum, add_vectors, patient_seed
 from shared_models.adaptation import UNKNOWN, sample_of
 from shared_models.moments import FEWEST, TABLE, Layout, Vector
 from shared_models.plan import Plan
@@ -25,8 +24,6 @@ from shared_models.weights import Weights, load_weights
 
 if TYPE_CHECKING:
     from client.training import Patient, PatientSource, Trainer
-
-log = logging.getLogger(__name__)
 
 
 def exact_moments(
@@ -53,18 +50,13 @@ def noised_moments(trainer: Trainer, weights: Weights, cohort: PatientSource) ->
     load_weights(trainer.network, weights)
     total = PatientSum(mechanism, len(declared) * layout.shape[1])
     secret = trainer.randomness.secret()
-    for patient in cohort.patients("train"):
+
+    def vector_of(patient: Patient) -> torch.Tensor:
         rng = np.random.default_rng(patient_seed(secret, patient.key, "moments"))
-        try:
-            vector = layout.patient(features_of(trainer, cohort, patient, rng, declared))[declared]
-            is_added = total.add(torch.from_numpy(vector.ravel()), patient_seed(secret, patient.key, "rounding"))
-            reason = "" if is_added else "features that are not finite"
-        except torch.AcceleratorError:
-            raise  # the device itself is gone, and everybody's features with it
-        except Exception as error:
-            reason = type(error).__name__
-        if reason:
-            log.warning("patient %s adds nothing to moments: %s", patient.key, reason)
+        features = features_of(trainer, cohort, patient, rng, declared)
+        return torch.from_numpy(layout.patient(features)[declared].ravel())
+
+    add_vectors(total, cohort.patients("train"), vector_of, secret, "moments")
     noised = np.zeros(layout.shape, np.float32)
     noised[declared] = total.noised(trainer.randomness).numpy().reshape(len(declared), layout.shape[1])
     return {TABLE: noised}

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import mpmath  # type: ignore[import-untyped]  # ships no types
 import numpy as np
@@ -31,6 +32,13 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from shared_models.plan import PrivacyTable
+
+if TYPE_CHECKING:
+    from client.training import Patient
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P", bound="Patient")
 
 GRID_BITS = 20
 """A unit of the grid is at most ``noise_multiplier * clip * 2 ** -GRID_BITS``."""
@@ -329,6 +337,40 @@ class PatientSum:
             part = total[start : start + CHUNK]
             part += randomness.gaussian(len(part), self.mechanism.sigma)
         return torch.from_numpy(total).to(torch.float64).mul_(self.mechanism.grid / self.mechanism.divisor)
+
+
+def add_vectors(
+    total: PatientSum, patients: Iterable[P], vector_of: Callable[[P], Tensor], secret: bytes, what: str
+) -> None:
+    """Add the one vector of each patient.
+
+    Whatever goes wrong with one patient ends with that patient: were it to end the round, the round's fate would tell
+    about the patient. Who gives nothing is in the log here.
+
+    Parameters
+    ----------
+    vector_of
+        The vector of a patient, ``(d,)``.
+    secret
+        Of this sum and of no other: it decides the roundings.
+    what
+        What is added up, for the log.
+
+    Raises
+    ------
+    torch.AcceleratorError
+        If the device itself is gone, and everybody's vector with it.
+    """
+    for patient in patients:
+        try:
+            is_added = total.add(vector_of(patient), patient_seed(secret, patient.key, "rounding"))
+            reason = "" if is_added else "values that are not finite"
+        except torch.AcceleratorError:
+            raise  # the device itself is gone, and everybody's vector with it
+        except Exception as error:
+            reason = type(error).__name__
+        if reason:
+            log.warning("patient %s gives nothing to %s: %s", patient.key, what, reason)
 
 
 def chosen(n: int, mechanism: Mechanism, randomness: Randomness) -> Sequence[int]:

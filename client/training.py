@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.network_contract import check_network
-from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, chosen, patient_seed
+from client.privacy import Mechanism, PatientSum, Randomness, SystemRandomness, add_vectors, chosen, patient_seed
 from client.steering import Steering
 from shared_models.adaptation import UNKNOWN, Adapted, sample_of, strength_at
 from shared_models.moments import Confusion, describe
@@ -529,23 +529,9 @@ class PatientGradients:
         return len(self._patients)
 
     def add_to(self, total: PatientSum, indices: Sequence[int], secret: bytes) -> None:
-        """Add the gradients of these patients to the sum of a step.
-
-        Whatever goes wrong with one patient ends with that patient: were it to end the round, the round's fate would
-        tell about the patient.
-        """
-        for i in indices:
-            patient = self._patients[i]
-            try:
-                gradient = self._gradient(patient, secret)
-                is_added = total.add(gradient, patient_seed(secret, patient.key, "rounding"))
-                reason = "" if is_added else "a gradient that is not finite"
-            except torch.AcceleratorError:
-                raise  # the device itself is gone, and everybody's gradient with it
-            except Exception as error:
-                reason = type(error).__name__
-            if reason:
-                log.warning("patient %s gives nothing to this step: %s", patient.key, reason)
+        """Add the gradients of these patients to the sum of a step."""
+        taking_part = [self._patients[i] for i in indices]
+        add_vectors(total, taking_part, lambda one: self._gradient(one, secret), secret, "this step")
 
     def _gradient(self, patient: Patient, secret: bytes) -> Tensor:
         """All parameters one after the other, ``(d,)``; in halves, quarters, ... where memory does not suffice."""

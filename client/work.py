@@ -6,7 +6,6 @@ weights are those of noised steps, metrics are noised means, and numbers of pati
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +17,7 @@ from client.ledger import Reservation
 from client.moments import exact_moments, noised_moments
 from client.own import OwnState
 from client.policy import Cost
-from client.privacy import Mechanism, PatientSum, patient_seed
+from client.privacy import Mechanism, PatientSum, add_vectors
 from client.side import side_of
 from client.training import OnSteps, Patient, PatientSource, Split, Trainer
 from shared_models.messages import Ask
@@ -26,8 +25,6 @@ from shared_models.noised import NoisedMeans
 from shared_models.schedule import moments_rounds
 from shared_models.volume import Volume
 from shared_models.weights import Weights
-
-log = logging.getLogger(__name__)
 
 
 def exact_releases(
@@ -144,18 +141,12 @@ def noised_metrics(
     )
     total = PatientSum(mechanism, len(means.ranges))
     secret = trainer.randomness.secret()
-    for patient in cohort.patients(split):
-        try:
-            measured = trainer.measure(weights, _Only(cohort, patient), split)[patient.key]
-            vector = torch.from_numpy(means.vector(trainer.task.summary([measured])))
-        except torch.AcceleratorError:
-            raise  # the device itself is gone, and everybody's measurement with it
-        except Exception as error:
-            log.warning(
-                "a patient of the %s split cannot be measured and counts as none (%s)", split, type(error).__name__
-            )
-            continue
-        total.add(vector, patient_seed(secret, patient.key, "metrics"))
+
+    def vector_of(patient: Patient) -> torch.Tensor:
+        measured = trainer.measure(weights, _Only(cohort, patient), split)[patient.key]
+        return torch.from_numpy(means.vector(trainer.task.summary([measured])))
+
+    add_vectors(total, cohort.patients(split), vector_of, secret, f"the {split} metrics")
     return means.means(total.noised(trainer.randomness).numpy())
 
 

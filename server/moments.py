@@ -13,8 +13,7 @@ could be seen: no discriminator is sent then, and the round's record says so.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from shared_models.moments import DIMENSIONS, FEWEST, TABLE, Discriminator, Layo
 from shared_models.plan import Plan
 from shared_models.scanners import ScannerTable
 from shared_models.seeds import derive
+from shared_models.threads import one_thread
 from shared_models.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class MomentsRule:
             return self._without(
                 Noted(scanners, said.gap, said.noise, None, "scanners lie no further apart than noise")
             )
-        with _one_thread():
+        with one_thread():
             trained, accuracy = trained_on(known, self._layout.clip, derive(self._seed, "moments", round_))
         self.discriminator = trained.as_arrays()
         return Noted(scanners, said.gap, said.noise, accuracy)
@@ -197,14 +197,3 @@ def trained_on(known: Gaussians, clip: float, seed: int) -> tuple[Discriminator,
     with torch.no_grad():
         found = [float((network(samples()).argmax(1) == truth).double().mean()) for _ in range(8)]
     return network.float(), float(np.mean(found))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The same sums wherever the server runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from shared_models.configuration import depths_of, halvings
 from shared_models.errors import FederadError
@@ -165,10 +167,9 @@ def write_plan(path: Path, plan: Plan, comment: str) -> None:
         P242 if there is something already, or if it cannot be written.
     """
     tables = json.loads(plan.canonical_json())
-    lines = [f"# {comment}", *_toml(tables)]
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+            file.write(f"# {comment}\n{tomli_w.dumps(tables)}")
     except OSError as error:
         raise FederadError(
             "P242",
@@ -176,17 +177,6 @@ def write_plan(path: Path, plan: Plan, comment: str) -> None:
             because="The configured plan goes there, and nothing is overwritten.",
             remedies=("name a file that is not there yet",),
         ) from None
-
-
-def _toml(table: Mapping[str, Any], name: str = "") -> Iterator[str]:
-    """Lines of a table: its own keys first, then the tables in it. JSON's values are TOML's but for null, which is none."""
-    for key, value in table.items():
-        if not isinstance(value, Mapping):
-            yield f"{key} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007F")
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield f"\n[{name}{key}]"
-            yield from _toml(value, f"{name}{key}.")
 
 
 def step_bytes(plan: Plan) -> int:

@@ -153,6 +153,13 @@ def temperature(logits: Array, truth: NDArray[np.integer]) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 3.0), method="bounded").x))
 
 
+def passes(network: nn.Module, n: int, device: torch.device) -> Iterator[int]:
+    """The number of each of ``n`` passes, with dropout switched on while they last; all calls draw the same."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), dropping(network):
+        torch.manual_seed(0)
+        yield from range(n)
+
+
 @contextmanager
 def dropping(network: nn.Module) -> Iterator[nn.Module]:
     """The network with dropout switched on and everything else as for prediction (MC dropout; Gal and Ghahramani 2016,

@@ -1,4 +1,4 @@
-"""Run lengths and lossless JPEG (DICOM PS3.5, annex G and A.4.2) by imagecodecs, decoded right where they are to lie.
+"""Run lengths, lossless JPEG and JPEG-LS (DICOM PS3.5, annex G, A.4.2, A.4.3) decoded where they are to lie: imagecodecs.
 
 Runs in the child of ``reader``. For grey images alone: colour, and whatever is refused here, is left to pydicom's decoders.
 """
@@ -6,11 +6,11 @@ Runs in the child of ``reader``. For grey images alone: colour, and whatever is 
 from __future__ import annotations
 
 import numpy as np
-from imagecodecs import dicomrle_decode, jpeg8_decode
+from imagecodecs import dicomrle_decode, jpeg8_decode, jpegls_decode
 from numpy.typing import NDArray
-from pydicom.uid import UID, JPEGLossless, JPEGLosslessSV1, RLELossless
+from pydicom.uid import UID, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless, RLELossless
 
-SYNTAXES = (RLELossless, JPEGLossless, JPEGLosslessSV1)
+SYNTAXES = (RLELossless, JPEGLossless, JPEGLosslessSV1, JPEGLSLossless, JPEGLSNearLossless)
 
 
 def decode(source: bytes, syntax: UID, into: NDArray[np.integer]) -> None:
@@ -35,5 +35,7 @@ def decode(source: bytes, syntax: UID, into: NDArray[np.integer]) -> None:
         data = unsigned.reshape(-1).view(np.uint8)
         if len(dicomrle_decode(source, unsigned.dtype, out=data.data)) != data.size:
             raise ValueError("shorter than its header says")
+    elif syntax in (JPEGLSLossless, JPEGLSNearLossless):
+        jpegls_decode(source, out=unsigned)
     else:
         jpeg8_decode(source, out=unsigned)

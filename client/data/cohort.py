@@ -34,7 +34,7 @@ from client.data import dicom, images, kspace, reader
 from client.data.catalogue import Catalogue, Progress
 from client.data.keys import Split, split_of
 from client.data.labels import StudyLabels
-from client.data.preprocessing import coil_volume, on_patient_axes, one_thread, prepare
+from client.data.preprocessing import coil_volume, on_patient_axes, prepare
 from client.data.records import File, Kind, Series, Study
 from client.data.scan import Scan, stacked
 from client.data.sealed import Seal, SealedArray
@@ -44,6 +44,7 @@ from client.data.storage import replacing, unwritable, write_json
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
 from shared_models.tasks import OF_KSPACE, OF_WHOLE_STUDIES, WITH_NUMBERS
+from shared_models.threads import one_thread
 from shared_models.volume import Volume
 
 VERSION = 1

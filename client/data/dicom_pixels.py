@@ -58,8 +58,8 @@ _PLUGINS = {
     uid.JPEGExtended12Bit: ("pylibjpeg",),
     uid.JPEGLossless: ("pylibjpeg",),
     uid.JPEGLosslessSV1: ("pylibjpeg",),
-    uid.JPEGLSLossless: ("pyjpegls", "pylibjpeg"),
-    uid.JPEGLSNearLossless: ("pyjpegls", "pylibjpeg"),
+    uid.JPEGLSLossless: ("pylibjpeg",),
+    uid.JPEGLSNearLossless: ("pylibjpeg",),
     uid.JPEG2000Lossless: ("pylibjpeg",),
     uid.JPEG2000: ("pylibjpeg",),
     uid.HTJ2KLossless: ("pylibjpeg",),
@@ -67,8 +67,8 @@ _PLUGINS = {
     uid.HTJ2K: ("pylibjpeg",),
 }
 """The fastest decoder of each compressed syntax first; the others for what it refuses. GDCM is none of them: it read
-nothing that these refuse, and ended its process on damaged files. Grey run lengths and lossless JPEG are first tried by
-``codecs``, in a half and a fifth of the time."""
+nothing that these refuse, and ended its process on damaged files. Grey run lengths, lossless JPEG and JPEG-LS are
+first tried by ``codecs``, in a half to a fifth of the time."""
 
 
 def pixels(path: Path, share: Share) -> Facts:
@@ -103,11 +103,12 @@ def _with_frames(path: Path, file: Opened) -> tuple[Dataset, UID]:
         return _whole(path)
     with open_file(path) as stream:
         stream.seek(-file.after, os.SEEK_END)
-        element = stream.read()
-    if element[:12] != _ENCAPSULATED:
+        is_encapsulated = stream.read(len(_ENCAPSULATED)) == _ENCAPSULATED
+        frames = stream.read() if is_encapsulated else b""
+    if not is_encapsulated:
         return _whole(path)
     tag = BaseTag(0x7FE00010)
-    header[tag] = RawDataElement(tag, "OB", 0xFFFFFFFF, element[12:], 0, False, True)
+    header[tag] = RawDataElement(tag, "OB", 0xFFFFFFFF, frames, 0, False, True)
     return header, file.syntax
 
 

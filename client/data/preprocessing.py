@@ -6,8 +6,6 @@ one axis order of the house. Volumes are not padded: that is the task's matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -187,19 +185,6 @@ def coil_volume(coils: Coils) -> Volume:
     parts = np.stack([coils.images.real, coils.images.imag], axis=1) / magnitude.max()
     image = parts.reshape(-1, *coils.images.shape[1:]).astype(np.float32)
     return Volume(image, None, foreground_of(None), coils.spacing_mm, measured=coils.measured)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Prepare on one core: studies are small, sites run side by side, and threads that wait for each other cost more."""
-    import torch
-
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def foreground_of(label: NDArray[np.uint8] | None) -> NDArray[np.int32]:

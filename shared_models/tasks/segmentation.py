@@ -23,7 +23,7 @@ from shared_models.clinical import agreement
 from shared_models.losses import loss_of
 from shared_models.plan import Plan
 from shared_models.task import Picture, Sample, Task, mean_metrics
-from shared_models.uncertainty import Members, dropping
+from shared_models.uncertainty import Members, passes
 from shared_models.volume import Volume, crop, in_greys
 
 # MONAI 1.6 warns of its own use of an argument that it has deprecated; there is nothing a caller can do about it.
@@ -127,10 +127,8 @@ class Segmentation(Task):
         if not self.plan.task.dropout:
             members.add(self.probabilities(network, volume, device))
             return {"uncertainty": members.uncertainty}
-        with dropping(network), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            for _ in range(PASSES):
-                members.add(self.probabilities(network, volume, device))
+        for _ in passes(network, PASSES, device):
+            members.add(self.probabilities(network, volume, device))
         return {"uncertainty": members.uncertainty, "disagreement": members.disagreement}
 
     def n_windows(self, volume: Volume) -> int:

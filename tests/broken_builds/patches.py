@@ -120,13 +120,13 @@ _THE_NINE = (
         (
             "client/training.py",
             """\
-                gradient = self._gradient(patient, secret)
-                is_added = total.add(gradient, patient_seed(secret, patient.key, "rounding"))
+        add_vectors(total, taking_part, lambda one: self._gradient(one, secret), secret, "this step")
 """,
             """\
-                rng = np.random.default_rng(patient_seed(secret, patient.key, "augmentation"))
-                seed = patient_seed(secret, patient.key, "rounding")
-                is_added = all([total.add(self._mean_gradient([s], 1), seed) for s in self._draw(patient, rng)])
+        for one in taking_part:
+            rng = np.random.default_rng(patient_seed(secret, one.key, "augmentation"))
+            for sample in self._draw(one, rng):
+                add_vectors(total, [one], lambda _, s=sample: self._mean_gradient([s], 1), secret, "this step")
 """,
         ),
         caught_by=(
@@ -358,13 +358,15 @@ _LOOP = (
     patch(
         "bad patient ends the round",
         (
-            "client/training.py",
-            "            except Exception as error:\n                reason = type(error).__name__",
-            "            except ZeroDivisionError as error:\n                reason = type(error).__name__",
+            "client/privacy.py",
+            "        except Exception as error:\n            reason = type(error).__name__",
+            "        except ZeroDivisionError as error:\n            reason = type(error).__name__",
         ),
         caught_by=(
             f"{TRAINING}::TestTwins::test_silent_patient_changes_nothing_of_the_round",
             f"{TWINS}::TestTrainingPatient::test_hostile_patient_shows_in_the_parameters_alone[truncated file]",
+            f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone[validation-3-truncated file]",
+            f"{MOMENTS}::TestPrivately::test_patient_who_cannot_be_described_adds_nothing_and_stays_silent",
         ),
     ),
     patch(
@@ -880,13 +882,6 @@ _DOOR = (
         ),
     ),
     patch(
-        "bad validation patient ends the round",
-        ("client/work.py", "        except Exception as error:\n", "        except ZeroDivisionError as error:\n"),
-        caught_by=(
-            f"{TWINS}::TestMeasuredPatient::test_hostile_patient_shows_in_the_metrics_alone[validation-3-truncated file]",
-        ),
-    ),
-    patch(
         "true number of patients leaves",
         (
             "client/work.py",
@@ -1188,9 +1183,12 @@ _MOMENTS = (
         ("shared_models/moments.py", "clipped, squares]) / len(features)", "clipped, squares])"),
         (
             "client/moments.py",
-            'is_added = total.add(torch.from_numpy(vector.ravel()), patient_seed(secret, patient.key, "rounding"))',
-            "rows = [vector * (np.arange(len(vector)) == k)[:, None] for k in range(len(vector))]\n"
-            "            is_added = all([total.add(torch.from_numpy(row.ravel()), 0) for row in rows])",
+            'add_vectors(total, cohort.patients("train"), vector_of, secret, "moments")',
+            "for k in range(len(declared)):\n"
+            "        only = torch.zeros(len(declared), layout.shape[1], dtype=torch.float64)\n"
+            "        only[k] = 1\n"
+            "        patients = cohort.patients('train')\n"
+            "        add_vectors(total, patients, lambda one: vector_of(one) * only.ravel(), secret, '')",
         ),
         caught_by=(
             f"{MOMENTS}::TestPrivately::test_one_patient_more_moves_the_sum_by_at_most_the_clip",
@@ -1239,15 +1237,6 @@ _MOMENTS = (
         "exact moments of a few patients",
         ("client/moments.py", "total[n_patients < FEWEST] = 0", "total[n_patients < 1] = 0"),
         caught_by=(f"{MOMENTS}::TestExactly::test_scanner_with_too_few_patients_is_left_out",),
-    ),
-    patch(
-        "patient without features ends the release of moments",
-        (
-            "client/moments.py",
-            "        except Exception as error:\n            reason = type(error).__name__\n",
-            "        except ZeroDivisionError as error:\n            reason = type(error).__name__\n",
-        ),
-        caught_by=(f"{MOMENTS}::TestPrivately::test_patient_who_cannot_be_described_adds_nothing_and_stays_silent",),
     ),
     patch(
         "moments that nobody asked for are taken",

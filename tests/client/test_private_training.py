@@ -420,7 +420,7 @@ class TestTwins:
         trained(plan, hostile("NaN pixels", plan, cohort_of(plan, 1), monkeypatch))
 
         assert [record.getMessage() for record in caplog.records] == [
-            "patient bad gives nothing to this step: a gradient that is not finite"
+            "patient bad gives nothing to this step: values that are not finite"
         ]
 
     def test_augmentation_belongs_to_patient_and_step(self, monkeypatch):
