@@ -10,7 +10,6 @@ import pytest
 from shared_models.plan import Plan
 from simulation.run import Request, Watcher, simulate
 
-
 SPLIT = {"train": 0.5, "validation": 0.0, "test": 0.5}
 
 
