@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
 
 def test_they_are_measured_apart_and_train_nothing(folder):
     """
-    The table of scanners has them by name, with their scanner; no round knows them, and the test of the run leaves them out.
+    The table of scanners has them by name, with their scanner; no round knows them, nor does the run's own test.
     """
     result = json.loads((folder / "result.json").read_text())
 
