@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from client.site import SiteConfig
 from client.station import Station
+from client.training import Trainer
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
+from shared_models.task import task_for
+from shared_models.volume import Volume
+from shared_models.weights import initial_weights
+from simulation import by_scanner
 from simulation.by_scanner import measure_scanners
 from simulation.consortium import emulate
 from simulation.run import Request, require_scanners
@@ -83,9 +90,6 @@ class TestUnlabelled:
         """
         The table of scanners has test patients' metrics by scanner; with one scanner there is no leak to probe.
         """
-        from shared_models.task import task_for
-        from shared_models.weights import initial_weights
-
         plan = plan_with([PAIR], adaptation=ADVERSARY)
         prepared(plan, site)
         weights = initial_weights(task_for(plan).build_network, 0)
@@ -94,6 +98,34 @@ class TestUnlabelled:
         assert list(found["seen"]) == ["SIEMENS MAGNETOM Aldera 3 T"]
         assert found["seen_mean"]["dice"] >= 0
         assert (found["unseen"], found["leakage"]) == ({}, None)
+
+
+class TestProbes:
+    @pytest.mark.parametrize(("shows", "leakage", "kept"), [("scanner", 1.0, 0.5), ("label", 0.5, 1.0)])
+    def test_each_reads_its_own_matter_off_features(self, shows, leakage, kept, monkeypatch):
+        """
+        Features that hold nothing but the scanner leak it and keep nothing of the label; the other way round as well.
+        """
+        rng, people = np.random.default_rng(0), {}
+        for k in range(80):
+            scanner, is_affected = ("ZEISS", "NIDEK")[k // 2 % 2], bool(k // 4 % 2)
+            feature = rng.normal(10 * {"scanner": scanner == "ZEISS", "label": is_affected}[shows], 1)
+            label = np.full((1, 16, 16), is_affected, np.uint8)
+            image = np.full((1, *label.shape), feature, np.float32)
+            people[f"p{k}"] = scanner, Volume(image, label, np.argwhere(label).astype(np.int32), (1.0, 1.0, 1.0))
+        cohort = SimpleNamespace(
+            patients=lambda split: [SimpleNamespace(key=key, studies=(key,)) for key in people],
+            volume=lambda study: people[study][1],
+            scanner=lambda study: people[study][0],
+        )
+        plan = plan_with([PAIR], adaptation={**ADVERSARY, "scanners": ["ZEISS", "NIDEK"]})
+        monkeypatch.setattr(by_scanner, "cohort_of", lambda site, plan: cohort)
+        monkeypatch.setattr(by_scanner, "descriptor_of", lambda network, image: image.numpy().mean((2, 3)))
+        found = by_scanner.probed(Trainer(plan, "cpu"), initial_weights(task_for(plan).build_network, 0), [None])
+
+        assert found["leakage"]["accuracy"] == pytest.approx(leakage, abs=0.2)
+        assert found["kept"]["accuracy"] == pytest.approx(kept, abs=0.2)
+        assert found["leakage"]["chance"] == found["kept"]["chance"] == 0.5
 
 
 class TestRefused:
