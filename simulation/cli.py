@@ -54,6 +54,9 @@ def run(
         Path | None, typer.Option("--start", help="The model.safetensors at which the plan begins, if it names one.")
     ] = None,
     compare: Annotated[bool, typer.Option(help="Train the central and the local models too.")] = True,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Look at how sure the models are, and with what right.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan on emulated hospitals, or on real images, and write a report."""
@@ -76,6 +79,7 @@ def run(
         execution=Execution(cast("Engine", engine), workers or usable_cpus(), out.absolute() / "deployment"),
         start=start,
         compare=compare,
+        uncertainty=uncertainty,
         command=command_line(),
     )
     with watching(request.plan, as_json) as watcher:

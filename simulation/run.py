@@ -45,6 +45,7 @@ from simulation.baselines import (
     stability_cards,
 )
 from simulation.by_scanner import measure_scanners
+from simulation.calibration import KINDS, calibration_of, snapshots
 from simulation.consortium import emulate, emulate_unseen, named_scanners
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
@@ -93,6 +94,9 @@ class Request:
     snapshots: tuple[int, ...] = ()
     """Rounds whose weights are kept in the folder, as ``round-00100.safetensors``."""
 
+    uncertainty: bool = False
+    """Whether to look at how sure the models are, and with what right (``calibration``), which keeps weights as well."""
+
     compare: bool = True
     """Whether to train the central and the local models too; under ``[privacy]`` at emulated hospitals alone."""
 
@@ -128,6 +132,18 @@ class Request:
                 "--engine deployment begins at fresh weights.",
                 "A consortium begins at models that it has released, and one that is staged for a run has none.",
                 "--engine in-process, or a consortium of your own: federad-server run",
+            )
+        if self.uncertainty and self.plan.task.kind not in KINDS:
+            raise impossible(
+                f"--uncertainty looks at probabilities of labels, and a plan for {self.plan.task.kind} gives none.",
+                "Calibration is whether such probabilities are true.",
+                "leave out --uncertainty",
+            )
+        if self.uncertainty and self.plan.privacy is not None and self.data is not None:
+            raise impossible(
+                "--uncertainty measures test patients exactly, and the plan is private.",
+                "Under [privacy] what is measured on real patients gets noise, and every look costs them.",
+                "leave out --data: emulated patients need no protection",
             )
 
 
@@ -165,8 +181,10 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
     shutil.rmtree(journal_folder, ignore_errors=True)
     journal = Journal(journal_folder)
 
+    kept = {*request.snapshots, *(snapshots(request.plan.rounds) if request.uncertainty else ())}
+
     def progress(event: Progress) -> None:
-        if event.what == "committed" and event.round in request.snapshots:
+        if event.what == "committed" and event.round in kept:
             shutil.copy(journal.weights_path(event.round), folder)
         watcher.progress(event)
 
@@ -187,6 +205,11 @@ def simulate(request: Request, watcher: Watcher) -> dict[str, Any]:
             unseen = find_unseen(request, sites, watcher)
             watcher.stage("scanners")
             result["scanners"] = measure_scanners(request.plan, outcome.best, sites, unseen)
+        if request.uncertainty:
+            watcher.stage("uncertainty", sum(count_test(request.plan, site) for site in (*sites, *unseen)))
+            result["uncertainty"] = calibration_of(
+                request.plan, folder, outcome.best, sites, unseen, on_patient=watcher.step
+            )
         if request.compare and can_compare(request.plan, sites, outcome):
             result["comparison"] = compare(request, sites, outcome, watcher)
         if request.plan.privacy is None and (classical := learn_nothing(request, sites, watcher)):
@@ -407,6 +430,11 @@ def report_outcome(request: Request, folder: Path, outcome: Outcome) -> dict[str
     header = {"plan": json.loads(request.plan.canonical_json()), "round": outcome.best_round}
     (folder / "model.safetensors").write_bytes(encode(outcome.best, json.dumps(header, sort_keys=True)))
     return result_of(request.plan, outcome)
+
+
+def count_test(plan: Plan, site: SiteFolder) -> int:
+    """Test patients of a site."""
+    return len(cohort_of(site, plan).patients("test"))
 
 
 def what_is_done(journal: Journal, error: BaseException) -> dict[str, Any]:

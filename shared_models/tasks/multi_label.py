@@ -50,7 +50,7 @@ class MultiLabel(Classification):
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """A whole image, or in 2-D one slice of it, and which labels it has, float32 ``(label,)``."""
-        return Sample(self.window(volume, rng), self._has(volume).astype(np.float32))
+        return Sample(self.window(volume, rng), self.has(volume).astype(np.float32))
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Binary cross-entropy of the pooled maps, times the plan's weight of each label; the mean over labels and samples.
@@ -86,7 +86,7 @@ class MultiLabel(Classification):
         ``hit``            1 where the largest heat of the likeliest true label lies inside of it, else 0
         =================  ================================================================================
         """
-        has, names = self._has(volume), self.plan.task.labels
+        has, names = self.has(volume), self.plan.task.labels
         probabilities = self.probabilities(prediction)
         is_outlined = volume.label is not None and bool(volume.label.any()) and bool(has.any())
         hit = 0.0
@@ -157,11 +157,12 @@ class MultiLabel(Classification):
         names = self.plan.task.labels
         if volume.category is None:
             return "unknown"
-        there = [name for name, is_there in zip(names, self._has(volume), strict=True) if is_there]
+        there = [name for name, is_there in zip(names, self.has(volume), strict=True) if is_there]
         found = [f"{name} {p:.2f}" for name, p in zip(names, probabilities, strict=True) if p >= FOUND]
         return f"{', '.join(there) or 'nothing'}; found {', '.join(found) or 'nothing'}"
 
-    def _has(self, volume: Volume) -> NDArray[np.bool_]:
+    def has(self, volume: Volume) -> NDArray[np.bool_]:
+        """Which of the labels a study has, ``(label,)``."""
         if volume.category is None:
             raise ValueError("a volume without labels cannot be trained on or measured")
         return np.array([bool(volume.category >> k & 1) for k in range(len(self.plan.task.labels))])

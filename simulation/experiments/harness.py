@@ -67,6 +67,9 @@ class Experiment:
     snapshots: Callable[[Plan], tuple[int, ...]] = lambda plan: ()
     """Rounds of an arm whose weights are kept for it."""
 
+    uncertainty: bool = False
+    """Whether each run is looked at for how sure its models are."""
+
     configure: Callable[[str, Request, Watcher], Plan] | None = None
     """The plan of an arm that follows from the hospitals of a seed; None where all are what ``arms`` gives."""
 
@@ -182,6 +185,7 @@ def _request(
         and experiment.measured_at is None
         and (experiment.after is None or experiment.compared == arm),
         snapshots=experiment.snapshots(plan),
+        uncertainty=experiment.uncertainty,
         pictures=experiment.pictures,
     )
 

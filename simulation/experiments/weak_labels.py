@@ -23,20 +23,28 @@ PATIENTS = (50, 100)
 
 LOSSES = ("proportion", "squared")
 
+ROUNDS, LEARNING_RATE = 200, 2e-3
+"""At the example plan's larger steps either loss sometimes stays where it began."""
+
 ELSEWHERE = "test patients of hospitals that train nothing"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
-    """The example plan with twice its rounds and either loss, at few patients and at more; ``quick`` takes a quarter."""
+    """The example plan with more rounds, smaller steps and either loss, at few patients and at more; ``quick`` takes a
+    quarter."""
     base = Plan.load(Path(simulation.__path__[0]) / "plans" / "quantification.toml")
-    base = base.model_copy(update={"rounds": base.rounds // 2 if quick else 2 * base.rounds})
+    base = base.model_copy(update={"rounds": ROUNDS // 4 if quick else ROUNDS})
     return {f"{loss}-{n}": _with(base, loss, n) for n in PATIENTS for loss in LOSSES}
 
 
 def _with(base: Plan, loss: str, n_patients: int) -> Plan:
     """The plan with this loss and so many patients; twice as many passes over half of them make as many steps."""
     tables = json.loads(base.canonical_json())
-    tables["training"] |= {"loss": loss, "epochs": base.training.epochs * max(PATIENTS) // n_patients}
+    tables["training"] |= {
+        "loss": loss,
+        "learning_rate": LEARNING_RATE,
+        "epochs": base.training.epochs * max(PATIENTS) // n_patients,
+    }
     tables["data"]["split"] = {"train": 0.5, "validation": 0.0, "test": 0.5}
     tables["simulation"] |= {"patients": 2 * n_patients // N_SITES, "unseen": list(base.simulation.scanners) * 2}
     return Plan.from_tables(tables)

@@ -47,7 +47,7 @@ class Line:
     """One curve over the rounds, or over places on an axis."""
 
     name: str
-    points: Sequence[tuple[int, float]]
+    points: Sequence[tuple[float, float]]
     colour: str
     is_bold: bool = False
     intervals: Sequence[tuple[float, float]] = ()
@@ -123,6 +123,37 @@ def levels(
         axes.grid(visible=False, axis="x")
         axes.set_xlabel(axis, labelpad=1)
         _name_ends(axes, lines)
+
+    return _svg(description, 3.1, draw)
+
+
+def plane(
+    description: str,
+    lines: Sequence[Line],
+    dots: Sequence[Line],
+    axes_names: tuple[str, str],
+    *,
+    dashed: Sequence[tuple[float, float]] = (),
+) -> Markup:
+    """Lines, groups of dots (crosses where a group is bold) and a dashed line over two numbers."""
+
+    def draw(axes: Any) -> None:
+        if dashed:
+            axes.plot(*zip(*dashed, strict=True), color=MUTED, linewidth=1.1, linestyle=(0, (3, 3)), zorder=2)
+        for line in lines:
+            width = 2.4 if line.is_bold else 1.3
+            axes.plot(*zip(*line.points, strict=True), "o-", color=line.colour, linewidth=width, markersize=4, zorder=4)
+        for group in dots:
+            shape = "X" if group.is_bold else "o"
+            edge = {"markersize": 6.5, "markeredgecolor": SURFACE}
+            axes.plot(*zip(*group.points, strict=True), shape, color=group.colour, zorder=5, **edge)
+        for locator in (axes.xaxis, axes.yaxis):
+            locator.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 5, 10]))
+        axes.margins(x=0.05, y=0.05)
+        axes.set_xlabel(axes_names[0], labelpad=1)
+        axes.set_ylabel(axes_names[1], labelpad=2)
+        if len(lines) > 1:
+            _name_ends(axes, lines)
 
     return _svg(description, 3.1, draw)
 

@@ -14,10 +14,23 @@ from shared_models.errors import FederadError
 from shared_models.tasks import confused
 from simulation.intervals import t_interval
 from simulation.report import words
-from simulation.report.charts import ACCENT, CENTRAL, INK, MUTED, OWN, Line, Row, curves, levels, rows, site_colour
+from simulation.report.charts import (
+    ACCENT,
+    CENTRAL,
+    INK,
+    MUTED,
+    OWN,
+    Line,
+    Row,
+    curves,
+    levels,
+    plane,
+    rows,
+    site_colour,
+)
 from simulation.report.charts import INKS as COLOURS
 from simulation.report.pictures import Picture, pictures
-from simulation.report.results import Comparison, Experiment, Measured, Method, Run, read
+from simulation.report.results import Calibration, Comparison, Experiment, Measured, Method, Run, read
 
 ALL = ""
 """Stands for all sites together where figures are kept by site."""
@@ -61,6 +74,9 @@ def write_report(folder: Path) -> Path:
         confusion=_confusion(run),
         detection=_detection(run),
         volumes=_volumes(run),
+        ways=WAYS,
+        reliability=_reliability(run.uncertainty) if run.uncertainty else None,
+        doubted=_doubted(run, run.uncertainty) if run.uncertainty else None,
         heat=_heat(run, run.comparison) if run.comparison else None,
         comparison_has_intervals=any(row.interval for row in run.comparison.rows) if run.comparison else False,
         by_round=_by_round(run),
@@ -269,6 +285,35 @@ def _detection(run: Run) -> Markup | None:
     places = [f"{rate:g}" if rate >= 1 else f"1/{1 / rate:g}" for rate in RATES]
     description, axis = "share of lesions found over false places a study", "false places a study"
     return levels(description, [*lines, overall], places, axis, (0.0, 1.0))
+
+
+WAYS = {
+    "single": "released model",
+    "scaled": "the same, scaled",
+    "sites": "site models together",
+    "snapshots": "late rounds together",
+    "ensemble": "all of them together",
+}
+"""What ways to get probabilities are called."""
+
+
+def _reliability(found: Calibration) -> Markup:
+    """How often predictions of each confidence are right, beside the line on which they would be true."""
+    colours = {"single": OWN, "scaled": CENTRAL, "ensemble": ACCENT}
+    lines = [Line(WAYS[w], found.points[w], colours[w], w == "ensemble") for w in colours if found.points[w]]
+    least = min((confidence for line in lines for confidence, _ in line.points), default=0.0)
+    return plane("share right over confidence", lines, [], ("confidence", "right"), dashed=[(least, least), (1, 1)])
+
+
+def _doubted(run: Run, found: Calibration) -> Markup:
+    """What a patient scored over how far members part; hospitals that trained nothing in crosses."""
+    groups = []
+    for site in dict.fromkeys(one.site for one in found.patients):
+        of_site = [one for one in found.patients if one.site == site]
+        colour = site_colour(run.names.index(site)) if site in run.names else INK
+        groups.append(Line(site, [(one.disagreement, one.score) for one in of_site], colour, not of_site[0].seen))
+    score = "Dice" if run.task == "segmentation" else "probability of the truth"
+    return plane(f"{score} over disagreement", [], groups, ("disagreement of the members", score))
 
 
 def _volumes(run: Run) -> dict[tuple[str, str], list[str]]:

@@ -191,6 +191,42 @@ class Scanners(Part):
     kept: Probe | None = None
 
 
+class Doubtful(Part):
+    """How sure the models were of one test patient, and how well they did."""
+
+    site: str
+    seen: bool
+    """Whether the hospital trained."""
+
+    poor: bool
+    score: float
+    score_single: float
+    entropy: float
+    entropy_single: float
+    mutual_information: float
+    disagreement: float
+
+
+class Flag(Part):
+    """How well a number tells poor patients."""
+
+    auroc: float | None
+    correlation: float | None
+
+
+class Calibration(Part):
+    """What ``--uncertainty`` looked at: see ``simulation.calibration``."""
+
+    temperature: float
+    members: dict[str, int]
+    ece: dict[str, float]
+    points: dict[str, tuple[tuple[float, float], ...]]
+    """Confidence, and share that is right."""
+
+    patients: tuple[Doubtful, ...]
+    flags: dict[str, Flag]
+
+
 class Run(Part):
     """What ``federad-sim run`` writes."""
 
@@ -214,6 +250,10 @@ class Run(Part):
     comparison: Comparison | None
     scanners: Scanners | None = None
     """Where the plan is about scanners."""
+
+    uncertainty: Calibration | None = None
+    """Where it was asked for."""
+
     classical: tuple[Method, ...] = ()
     """Methods that learn nothing, on the same test patients."""
 
