@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from shared_models.plan import Plan
+from simulation.calibration import FLAGS
 from simulation.experiments import strategies, uncertainty
 from simulation.experiments.harness import run_experiment
 from simulation.run import Watcher
@@ -46,58 +46,50 @@ class TestStrategies:
 
 
 class TestUncertainty:
-    def test_members_are_of_the_last_half_and_the_last_round_is_among_them(self):
+    def test_a_scanner_that_nobody_trained_on_is_looked_at_too(self):
         """
-        Five shared models, evenly spaced.
+        It is that of no site, and learning rates stay as they are.
         """
         (plan,) = uncertainty.arms(quick=False).values()
 
-        assert uncertainty.snapshots(plan) == (144, 168, 192, 216, 240)
+        assert plan.simulation.unseen == (uncertainty.UNSEEN,)
         assert uncertainty.UNSEEN not in plan.simulation.scanners
+        assert plan.training.schedule == "constant"
 
     def test_claims_are_ratios_of_each_seed(self):
         """
         Calibration of the ensemble over that of the last model, entropy unseen over seen, and how disagreement ranks.
         """
-        rng = np.random.default_rng(0)
-        patients = []
-        for i in range(40):
-            poor = i % 2 == 0
-            numbers = dict.fromkeys(("entropy_single", "mutual_information", "dice_single"), float(rng.random()))
-            patients.append(
-                {
-                    "group": "unseen" if i < 20 else "seen",
-                    "dice": 0.5 if poor else 0.9,
-                    "disagreement": 0.6 if poor else 0.1,
-                    "entropy": 0.3 if i < 20 else 0.2,
-                    **numbers,
-                }
-            )
+        numbers = dict.fromkeys(("score", "score_single", "disagreement", "mutual_information"), 0.5)
+        patients = [{"seen": i >= 20, "entropy": 0.3 if i < 20 else 0.2, **numbers} for i in range(40)]
         ece = {"single": 0.1, "scaled": 0.08, "sites": 0.09, "snapshots": 0.06, "ensemble": 0.05}
-        table = uncertainty.evaluate({"": [{"after": {"ece": ece, "patients": patients}}]})
+        flags = {name: {"auroc": 0.9 if name == "disagreement" else 0.5, "correlation": 0.1} for name in FLAGS}
+        table = uncertainty.evaluate({"": [{"uncertainty": {"ece": ece, "patients": patients, "flags": flags}}]})
         claims = {c["id"]: c["value"] for c in table["claims"]}
 
-        assert claims == pytest.approx({"ece_ratio": 0.5, "entropy_ratio": 1.5, "flag_auroc": 1.0})
+        assert claims == pytest.approx({"ece_ratio": 0.5, "entropy_ratio": 1.5, "flag_auroc": 0.9})
+
+    def test_seed_in_which_nobody_is_poor_cannot_be_summed_up(self):
+        """
+        A mean over the others would claim what was not seen.
+        """
+        patients = [
+            {
+                "seen": bool(i),
+                **dict.fromkeys(("entropy", "score", "score_single", "disagreement", "mutual_information"), 0.5),
+            }
+            for i in range(2)
+        ]
+        flags = {name: {"auroc": None, "correlation": None} for name in FLAGS}
+        ece = dict.fromkeys(("single", "scaled", "sites", "snapshots", "ensemble"), 0.1)
+
+        with pytest.raises(ValueError, match="nothing to flag"):
+            uncertainty.evaluate({"": [{"uncertainty": {"ece": ece, "patients": patients, "flags": flags}}]})
 
 
 @pytest.mark.slow
 @pytest.mark.system
 class TestWhole:
-    def test_uncertainty_looks_at_what_a_run_left(self, smoke_plan, tmp_path):
-        """
-        On the smallest hospitals: snapshots and site models are found, an unseen hospital is made.
-        """
-        table = smoke_plan.simulation.model_copy(update={"scanners": uncertainty.SEEN})
-        plan = smoke_plan.model_copy(update={"rounds": 10, "simulation": table})
-        nothing = {"rows": [], "claims": []}
-        small = replace(uncertainty.UNCERTAINTY, arms=lambda *, quick: {"": plan}, evaluate=lambda _: nothing)
-        run_experiment(small, tmp_path, quick=True, workers=1, watcher=Watcher(), command="here")
-        after = json.loads((tmp_path / "seed-0" / "result.json").read_text())["after"]
-
-        assert after["ece"].keys() == set(uncertainty.WAYS)
-        assert all(0 <= value <= 1 for value in after["ece"].values())
-        assert {patient["group"] for patient in after["patients"]} == {"seen", "unseen"}
-
     def test_strategies_end_in_a_table(self, tmp_path):
         """
         Every arm on small hospitals for two rounds: shared, personal, local and central figures for each.
