@@ -46,8 +46,8 @@ def arms(*, quick: bool) -> dict[str, Plan]:
 
 
 def _plan(base: Plan, name: str, keys: dict[str, Any], rounds: int) -> Plan:
-    tables = json.loads(base.canonical_json())
-    tables |= {"name": "strategies", "rounds": rounds}
+    tables = json.loads(base.canonical_json()) | {"name": "strategies", "rounds": rounds}
+    tables.pop("adaptation", None)  # what scanners do to a strategy is the question here
     tables["task"] |= {"network": "densenet"}
     tables["training"] |= {"optimizer": "sgd", "learning_rate": 0.1}
     tables["strategy"] |= {"name": name, **keys}
