@@ -180,6 +180,21 @@ def check(
         _next(folder, "plans" if holder(folder.courier / "process.lock") else "start")
 
 
+@app.command("left-out")
+def left_out(site: Site = None, as_json: AsJson = False) -> None:
+    """Name the files that check left out, and why. Their names may be patients' names: they are kept nowhere."""
+    folder = SiteFolder.find(site)
+    station = _station(folder)
+    named = station.left_out()
+    if as_json:
+        print(json.dumps([{"file": str(file), "reason": reason.value} for file, reason in named]))
+        return
+    for file, reason in named:
+        print(f"{reason.value}\t{file}")
+    if not named:
+        print_line("Every file below the data folder is used.")
+
+
 @app.command()
 def start(
     site: Site = None,

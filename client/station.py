@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
 from client import audit, exclusions
@@ -43,6 +43,7 @@ from client.data.aliases import Aliases
 from client.data.catalogue import Catalogue
 from client.data.cohort import Cohort, cohort_key
 from client.data.keys import key_of
+from client.data.skips import Reason
 from client.egress import noted
 from client.fingerprint import fingerprint_releases
 from client.gate import TICKS, Gate, Release, StatusWord
@@ -363,6 +364,10 @@ class Station:
     def catalogue(self) -> Catalogue:
         """What was found in the data folder; C143 if nobody looked yet."""
         return Catalogue.open(self.folder / CATALOGUE)
+
+    def left_out(self) -> list[tuple[PurePosixPath, Reason]]:
+        """The files that the last look left out, with reasons: for people here, whom names of files may name."""
+        return self.catalogue().left_out(self._secret)
 
     def answer(self, data: bytes) -> bytes:
         """Answer a question: the same bytes whenever the same question comes.

@@ -168,6 +168,20 @@ class Catalogue:
             )
         return {_file_key(secret, relative): self._source / relative for relative in _listing(self._source)}
 
+    def left_out(self, secret: bytes) -> list[tuple[PurePosixPath, Reason]]:
+        """The files left out that are still there, by their place below the source folder, each with its reason.
+
+        Names of files may be names of patients.
+
+        Raises
+        ------
+        FederadError
+            C143 as for :meth:`locate`.
+        """
+        paths = self.locate(secret)
+        named = [(paths[one.key], one.reason) for one in self._skipped if one.key in paths]
+        return sorted((PurePosixPath(path.relative_to(self._source)), reason) for path, reason in named)
+
 
 @dataclass(frozen=True)
 class _Entry:

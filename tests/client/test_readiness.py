@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from client import page
 from client.checks import run_check
+from client.cli import app
 from client.data.catalogue import Catalogue
+from client.data.skips import Reason
 from client.folder import SiteFolder
 from client.readiness import look
 from client.site import SiteConfig
@@ -104,6 +109,28 @@ class TestNumbers:
         np.testing.assert_allclose(shown.percentiles, np.percentile(volume, (1, 50, 99)), rtol=0.05, atol=1)
         assert 0.9 * volume.size <= sum(shown.histogram) <= volume.size
         assert shown.shape == volume.shape
+
+
+class TestLeftOut:
+    def test_each_file_is_named_with_its_reason_and_nowhere_else(self, tmp_path, site):
+        """
+        Loose ones and members of archives; the station keeps no name of them, nor does its page.
+        """
+        source = tmp_path / "images"
+        shutil.copytree(site_data(site), source)
+        (source / "Mustermann^Erika.dcm").write_bytes(bytes(128) + b"DICM" + bytes(40))
+        with zipfile.ZipFile(source / "disc.zip", "w") as archive:
+            archive.writestr("Muster/Max.dcm", bytes(128) + b"DICM" + bytes(50))
+        SiteConfig.load(site.station).model_copy(update={"data": str(source)}).save(site.station)
+        run_check(site, "station")
+        said = CliRunner().invoke(app, ["left-out", "--site", str(site.root)]).output
+        lines = [line.split("\t") for line in said.splitlines()]
+
+        assert {file for _, file in lines} >= {"Mustermann^Erika.dcm", "disc.zip/Muster/Max.dcm"}
+        assert all(reason in set(Reason) for reason, _ in lines)
+        assert len(lines) == len(Station(site.station).catalogue().skipped())
+        kept = b"".join(path.read_bytes() for path in site.root.rglob("*") if path.is_file())
+        assert b"Muster" not in kept
 
 
 class TestAgainstAPlan:
