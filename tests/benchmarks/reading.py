@@ -43,8 +43,9 @@ def tree_cpu_s() -> float:
 
 def write(folder: Path) -> None:
     """The series in all syntaxes, and the small files."""
+    from imagecodecs import jpeg8_encode, jpegls_encode
     from pydicom import dcmread
-    from pydicom.uid import CTImageStorage, JPEG2000Lossless, JPEGLSLossless, RLELossless, generate_uid
+    from pydicom.uid import CTImageStorage, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless, generate_uid
     from scipy.ndimage import gaussian_filter
 
     rng = np.random.default_rng(0)
@@ -54,12 +55,15 @@ def write(folder: Path) -> None:
         values = np.clip(base + rng.normal(0, 12, base.shape), 0, 4095).astype(np.uint16)
         ds = _slice(values, k, "1.2.3", CTImageStorage)
         ds.save_as(_in(folder / "raw") / f"{k:03d}.dcm", enforce_file_format=True)
-        for name, syntax in (("rle", RLELossless), ("jpeg-ls", JPEGLSLossless), ("jpeg-2000", JPEG2000Lossless)):
+        for name, syntax in (("rle", RLELossless), ("jpeg-2000", JPEG2000Lossless)):
             ds.PixelData = values.tobytes()
             ds.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
             ds.compress(syntax, generate_instance_uid=False)
             ds.save_as(_in(folder / name) / f"{k:03d}.dcm", enforce_file_format=True)
-        _as_lossless_jpeg(folder / "raw" / f"{k:03d}.dcm", _in(folder / "jpeg-lossless") / f"{k:03d}.dcm")
+        plain = folder / "raw" / f"{k:03d}.dcm"
+        _squeezed(plain, _in(folder / "jpeg-ls") / plain.name, JPEGLSLossless, jpegls_encode(values))
+        lossless = jpeg8_encode(values, lossless=True, predictor=1, bitspersample=12)
+        _squeezed(plain, _in(folder / "jpeg-lossless") / plain.name, JPEGLosslessSV1, lossless)
     for patient in range(2):
         for path in sorted((folder / "raw").iterdir()):
             ds = dcmread(path)
@@ -101,16 +105,15 @@ def _slice(values, k, series, storage):
     return ds
 
 
-def _as_lossless_jpeg(source: Path, target: Path) -> None:
-    from imagecodecs import jpeg8_encode
+def _squeezed(source: Path, target: Path, syntax: str, frame: bytes) -> None:
+    """A file with its one frame as it was compressed."""
     from pydicom import dcmread
     from pydicom.encaps import encapsulate
-    from pydicom.uid import JPEGLosslessSV1
 
     ds = dcmread(source)
-    ds.PixelData = encapsulate([jpeg8_encode(ds.pixel_array, lossless=True, predictor=1, bitspersample=12)])
+    ds.PixelData = encapsulate([frame])
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
-    ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+    ds.file_meta.TransferSyntaxUID = syntax
     ds.save_as(target, enforce_file_format=True)
 
 
