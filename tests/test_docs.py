@@ -17,7 +17,7 @@ from client.cli import app as site_app
 from server.cli import app as server_app
 from simulation.cli import app
 from simulation.experiments import EXPERIMENTS
-from simulation.experiments.tables import RESULTS, filled
+from simulation.experiments.tables import PAGES, RESULTS, filled
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -30,12 +30,20 @@ IN_CONTAINERS = {"admin": "federad-site", "outside": "federad-site", "server": "
 
 
 class TestReadme:
-    def test_tables_are_those_of_the_results(self):
+    @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+    def test_tables_are_those_of_the_results(self, page):
         """
-        Every figure in README's tables comes from docs/results.
+        Every figure in the tables comes from docs/results.
         """
-        text = (ROOT / "README.md").read_text()
+        text = page.read_text()
         assert filled(text) == text
+
+    def test_every_result_that_is_kept_is_shown(self):
+        """
+        On one of the pages, whatever it shows.
+        """
+        shown = "".join(page.read_text() for page in PAGES)
+        assert {path.stem for path in RESULTS.glob("*.json")} == set(re.findall(r"<!-- results: ([\w-]+) -->", shown))
 
     def test_every_command_is_documented(self):
         """

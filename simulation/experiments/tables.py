@@ -1,4 +1,4 @@
-"""The tables of README, made from ``docs/results``: no figure there is typed by hand.
+"""The tables of README and ``docs/results.md``, made from ``docs/results``: no figure there is typed by hand.
 
 ``python -m simulation.experiments.tables`` writes them again. A results file is a ``result.json`` of a run or an
 experiment, or the ``bench.json`` of ``make bench``, kept with the command that made it.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 RESULTS = ROOT / "docs" / "results"
 
 Result = dict[str, Any]
@@ -92,18 +92,8 @@ def three(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-TABLES: dict[str, Callable[[Result], str]] = {
-    "demo": run_table,
-    "classification-real": experiment_table,
-    "federated-vs-central": experiment_table,
-    "privacy-utility": experiment_table,
-    "reconstruction-real": experiment_table,
-    "unseen-scanner": experiment_table,
-    "collapse": experiment_table,
-    "retina-vessels": run_table,
-    "bench": bench_table,
-}
-"""Which table a results file becomes."""
+TABLES: dict[str, Callable[[Result], str]] = {"demo": run_table, "retina-vessels": run_table, "bench": bench_table}
+"""Which table a results file becomes that is no experiment's."""
 
 
 def filled(text: str) -> str:
@@ -112,10 +102,11 @@ def filled(text: str) -> str:
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
         result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        return f"<!-- results: {name} -->\n{TABLES[name](result)}\n<!-- /results -->"
+        return f"<!-- results: {name} -->\n{TABLES.get(name, experiment_table)(result)}\n<!-- /results -->"
 
     return re.sub(r"<!-- results: (?P<name>[\w-]+) -->.*?<!-- /results -->", fill, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
