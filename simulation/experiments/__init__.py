@@ -6,6 +6,7 @@ from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
 from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
+from simulation.experiments.weak_labels import WEAK_LABELS
 
 EXPERIMENTS = {
     experiment.name: experiment
@@ -16,5 +17,6 @@ EXPERIMENTS = {
         RECONSTRUCTION_REAL,
         UNSEEN_SCANNER,
         COLLAPSE,
+        WEAK_LABELS,
     )
 }

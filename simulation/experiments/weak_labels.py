@@ -26,7 +26,7 @@ LOSSES = ("proportion", "squared")
 ROUNDS, LEARNING_RATE = 200, 2e-3
 """At the example plan's larger steps either loss sometimes stays where it began."""
 
-ELSEWHERE = "test patients of hospitals that train nothing"
+ELSEWHERE = "hospitals that train nothing"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
