@@ -139,6 +139,12 @@ class Request:
                 "Calibration is whether such probabilities are true.",
                 "leave out --uncertainty",
             )
+        if self.uncertainty and self.execution.engine == "deployment":
+            raise impossible(
+                "--uncertainty needs the shared models of several rounds, and a consortium keeps the last ones alone.",
+                "They are the members of its ensemble.",
+                "--engine in-process, which gives the same weights",
+            )
         if self.uncertainty and self.plan.privacy is not None and self.data is not None:
             raise impossible(
                 "--uncertainty measures test patients exactly, and the plan is private.",

@@ -15,6 +15,7 @@ from shared_models.volume import Volume
 from shared_models.weights import decode
 from simulation import calibration
 from simulation.calibration import WAYS, said, snapshots, truth_of
+from simulation.engine import Execution
 from simulation.run import Request, Watcher, simulate
 
 
@@ -194,7 +195,7 @@ class TestNumbers:
 
 
 class TestRefused:
-    def test_task_without_labels_and_exact_looks_at_real_patients_are_refused(self, tmp_path):
+    def test_what_has_no_probabilities_or_members_or_may_not_be_looked_at_is_refused(self, tmp_path):
         """
         R230, before anything is emulated or read.
         """
@@ -206,4 +207,6 @@ class TestRefused:
             Request(plan_of("reconstruction"), tmp_path, uncertainty=True)
         with pytest.raises(FederadError, match="R230"):
             Request(private, tmp_path, data=tmp_path, uncertainty=True)
+        with pytest.raises(FederadError, match="R230"):
+            Request(plan_of(), tmp_path, execution=Execution(engine="deployment"), uncertainty=True)
         Request(private, tmp_path, uncertainty=True)
