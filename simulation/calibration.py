@@ -29,7 +29,7 @@ from shared_models.plan import Plan
 from shared_models.tasks.classification import Classification, area_under_curve
 from shared_models.tasks.multi_label import MultiLabel
 from shared_models.tasks.segmentation import Segmentation, dice
-from shared_models.uncertainty import Reliability, disagreement, entropy, mutual_information, temperature
+from shared_models.uncertainty import Members, Reliability, disagreement, entropy, temperature
 from shared_models.volume import Volume
 from shared_models.weights import Weights, decode, load_weights
 from simulation.stations import SiteFolder, cohort_of
@@ -46,9 +46,9 @@ POOR_DICE = 0.7
 
 WAYS = ("single", "scaled", "sites", "snapshots", "ensemble")
 FLAGS = ("disagreement", "mutual_information", "entropy", "entropy_single")
-"""Numbers of a patient that need no reference."""
+"""Numbers of a patient that need no reference, between 0 and 1: entropies over the largest possible one."""
 
-Probabilities = NDArray[np.float64]
+Probabilities = NDArray[np.float32]
 """``(label, place, ...)``."""
 
 
@@ -135,7 +135,7 @@ class _Looked:
 
     numbers: dict[str, float]
     is_poor: bool
-    counted: dict[str, tuple[Probabilities, NDArray[np.bool_]]]
+    counted: dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
     """For each way the confidence of every place looked at, and whether it is right."""
 
 
@@ -143,34 +143,32 @@ def _looked_at(
     trainer: Trainer, volume: Volume, members: dict[str, list[Weights]], released: Weights, warm: float
 ) -> _Looked:
     truth, single = truth_of(trainer, volume), said(trainer, released, volume)
-    each = {
-        kind: np.stack([said(trainer, w, volume) for w in models or [released]]) for kind, models in members.items()
-    }
-    everybody = np.concatenate(list(each.values()))
-    ways = {
-        "single": single,
-        "scaled": _scaled(single, warm),
-        "sites": each["sites"].mean(axis=0),
-        "snapshots": each["snapshots"].mean(axis=0),
-        "ensemble": everybody.mean(axis=0),
-    }
+    together = {kind: Members() for kind in (*members, "ensemble")}
+    named = []
+    for kind, models in members.items():
+        for weights in models or [released]:
+            probabilities = said(trainer, weights, volume)
+            together[kind].add(probabilities)
+            together["ensemble"].add(probabilities)
+            named.append(probabilities.argmax(0).astype(np.uint8))
+    everybody = together["ensemble"]
+    ways = {"single": single, "scaled": _scaled(single, warm), **{kind: one.mean for kind, one in together.items()}}
     near = shown = np.ones(truth.shape, np.bool_)
     if isinstance(trainer.task, Segmentation):
-        outlines = np.stack([truth > 0, single.argmax(0) > 0, ways["ensemble"].argmax(0) > 0])
-        near = _near(outlines, volume.spacing_mm)
-        shown = _near(everybody.argmax(axis=1) > 0, volume.spacing_mm)
-    score = _score(trainer, ways["ensemble"], truth)
-    is_missed = bool((ways["ensemble"].argmax(0) != truth).any())
+        outlines = [truth > 0, single.argmax(0) > 0, everybody.mean.argmax(0) > 0]
+        near, shown = _near(outlines, volume.spacing_mm), _near([one > 0 for one in named], volume.spacing_mm)
+    score = _score(trainer, everybody.mean, truth)
+    is_missed = bool((everybody.mean.argmax(0) != truth).any())
     numbers = {
         "score": score,
         "score_single": _score(trainer, single, truth),
-        "entropy": float(entropy(ways["ensemble"])[shown].mean()),
-        "entropy_single": float(entropy(single)[shown].mean()),
-        "mutual_information": float(mutual_information(everybody)[shown].mean()),
-        "disagreement": _disagreement(trainer, everybody),
+        "entropy": float(everybody.uncertainty[shown].mean()),
+        "entropy_single": float(entropy(single.astype(np.float64))[shown].mean() / np.log(len(single))),
+        "mutual_information": float(everybody.disagreement[shown].mean()),
+        "disagreement": _disagreement(trainer, np.stack(named), len(single)),
     }
     is_poor = score < POOR_DICE if isinstance(trainer.task, Segmentation) else is_missed
-    counted = {way: (p.max(0)[near], (p.argmax(0) == truth)[near]) for way, p in ways.items()}
+    counted = {way: (p.max(0)[near].astype(np.float64), (p.argmax(0) == truth)[near]) for way, p in ways.items()}
     return _Looked(numbers, is_poor, counted)
 
 
@@ -182,10 +180,10 @@ def said(trainer: Trainer, weights: Weights, volume: Volume) -> Probabilities:
     trainer.network.eval()
     with torch.inference_mode():
         if isinstance(task, Segmentation):
-            return task.probabilities(trainer.network, volume, trainer.device).astype(np.float64)
+            return task.probabilities(trainer.network, volume, trainer.device)
         if not isinstance(task, Classification):
             raise TypeError(f"{type(task).__name__} gives no probabilities of labels")
-        found = task.probabilities(task.predict(trainer.network, volume, trainer.device))
+        found = task.probabilities(task.predict(trainer.network, volume, trainer.device)).astype(np.float32)
     return np.stack([1 - found, found]) if isinstance(task, MultiLabel) else found[:, np.newaxis]
 
 
@@ -207,9 +205,9 @@ def _logarithm(probabilities: Probabilities) -> Probabilities:
     return np.asarray(np.log(np.maximum(probabilities, 1e-30)))
 
 
-def _near(masks: NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> NDArray[np.bool_]:
-    """Voxels near any of the masks ``(mask, z, y, x)``; all of them where those are empty."""
-    outside = np.asarray(~masks.any(axis=0))
+def _near(masks: Sequence[NDArray[np.bool_]], spacing_mm: tuple[float, float, float]) -> NDArray[np.bool_]:
+    """Voxels near any of the masks ``(z, y, x)``; all of them where those are empty."""
+    outside: NDArray[np.bool_] = ~np.logical_or.reduce(masks)
     if outside.all():
         return outside
     return np.asarray(ndimage.distance_transform_edt(outside, sampling=spacing_mm) <= NEAR_MM)
@@ -224,11 +222,10 @@ def _score(trainer: Trainer, probabilities: Probabilities, truth: NDArray[np.int
     return float(np.mean([dice(found == k, truth == k) for k in labels])) if labels else 1.0
 
 
-def _disagreement(trainer: Trainer, members: NDArray[np.float64]) -> float:
-    """How far members' outlines part; of a classification the share of pairs that name another label."""
-    named = members.argmax(axis=1)
+def _disagreement(trainer: Trainer, named: NDArray[np.uint8], n_labels: int) -> float:
+    """How far members' outlines part, ``(member, ...)``; of a classification the share of pairs that name another label."""
     if isinstance(trainer.task, Segmentation):
-        return disagreement(named, members.shape[1])
+        return disagreement(named, n_labels)
     pairs = [(one != other).mean() for i, one in enumerate(named) for other in named[i + 1 :]]
     return float(np.mean(pairs)) if pairs else 0.0
 
@@ -242,7 +239,7 @@ def _fitted(trainer: Trainer, weights: Weights, plan: Plan, sites: Sequence[Site
             probabilities, truth = said(trainer, weights, volume), truth_of(trainer, volume)
             near = np.ones(truth.shape, np.bool_)
             if isinstance(trainer.task, Segmentation):
-                near = _near(np.stack([truth > 0, probabilities.argmax(0) > 0]), volume.spacing_mm)
+                near = _near([truth > 0, probabilities.argmax(0) > 0], volume.spacing_mm)
             scores.append(_logarithm(probabilities)[:, near])
             truths.append(truth[near])
     return temperature(np.concatenate(scores, axis=1), np.concatenate(truths)) if scores else 1.0
