@@ -12,6 +12,7 @@ from shared_models.plan import Plan
 from shared_models.scanners import OTHER, parse_scanner
 from simulation.atlas import Grid
 from simulation.consortium import _assigned, _dealt, _dealt_unseen, emulate, emulate_unseen, emulation_sha256
+from simulation.experiments import new_scanner
 from simulation.experiments.confounded import CONFOUNDED
 from simulation.experiments.unseen_scanner import COLUMNS, UNSEEN_SCANNER, harmless
 from simulation.patients import EmulatedPatient
@@ -208,3 +209,41 @@ class TestExperiments:
         assert claims["adversarial_far"]["holds"]
         assert harmless("x", "far", [-0.05, 0.02])["holds"]
         assert not harmless("x", "far", [-0.05, -0.05])["holds"]
+
+
+class TestNewScanner:
+    def test_ways_differ_in_adaptation_and_labels_alone(self):
+        """
+        Nobody has outlined the new scanner's scans but for the arm that shows what that would give.
+        """
+        plans = new_scanner.arms(quick=False)
+
+        for case, new in new_scanner.NEW.items():
+            labels = plans[f"{case}, labels"]
+            plain = plans[f"{case}, plain"].simulation
+            assert labels.simulation == plain.model_copy(update={"unlabelled": None})
+            assert plain.unlabelled == (new,)
+            for way, table in new_scanner.TABLES.items():
+                plan = plans[f"{case}, {way}"]
+                assert (plan.adaptation is None) == (table is None)
+                assert plan.model_copy(update={"adaptation": None, "simulation": plain}) == plans[f"{case}, plain"]
+
+    def test_share_of_the_gap_is_formed_seed_by_seed(self):
+        """
+        Half of the way from the plain model to the one with labels, at one seed and a tenth at the other.
+        """
+        dice = {
+            "plain": (0.2, 0.4),
+            "labels": (0.6, 0.5),
+            "adversary": (0.4, 0.41),
+            "appearance-adversary": (0.4, 0.41),
+        }
+        results = {
+            f"{case}, {way}": [{"scanners": {"unseen_mean": {"dice": v}}} for v in dice.get(way, (0.3, 0.3))]
+            for case in new_scanner.NEW
+            for way in new_scanner.TABLES
+        }
+        claims = {one["id"]: one["values"] for one in new_scanner.evaluate(results)["claims"]}
+
+        assert claims["far_gap_recovered"] == pytest.approx([0.5, 0.1])
+        assert claims["sequence_gap_recovered"] == pytest.approx([0.5, 0.1])

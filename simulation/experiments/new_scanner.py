@@ -1,0 +1,94 @@
+"""A scanner whose scans take part while nobody has outlined them: what adaptation gives back there.
+
+Four hospitals have two scanners each, of which the second is new and the same everywhere, and without a reference. What its
+labels would have given is measured by the same hospitals with them (Kamnitsas et al. 2017, arXiv:1612.08894, compare so).
+Two new scanners: a far one, at low field, blurred and noisy; and one with another sequence, in which lesions are dark that
+are bright everywhere else, so that no change of contrast that keeps its order covers it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import simulation
+from shared_models.plan import AdaptationTable, Plan
+from simulation.experiments.harness import Experiment, Results, claim, row
+
+NEW = {"far": "agfa-t2-0.2t", "sequence": "ge-t1-1.5t"}
+"""The new scanner of each case."""
+
+OLD = ("siemens-t1gd-3t", "philips-flair-3t")
+
+PLAIN, LABELS = "plain", "labels"
+APPEARANCE, ADVERSARY, BOTH, MOMENTS = "appearance", "adversary", "appearance-adversary", "appearance-moments"
+
+TABLES: dict[str, dict[str, Any] | None] = {
+    PLAIN: None,
+    APPEARANCE: {"appearance": True},
+    ADVERSARY: {"adversarial": "scanner"},
+    BOTH: {"appearance": True, "adversarial": "scanner"},
+    MOMENTS: {"appearance": True, "adversarial": "moments"},
+    LABELS: None,
+}
+"""``[adaptation]`` of each way."""
+
+PATIENTS = "patients of the new scanner"
+
+
+def arms(*, quick: bool) -> dict[str, Plan]:
+    """Every way with either new scanner; ``quick`` takes half of the rounds."""
+    base = Plan.load(Path(simulation.__path__[0]) / "plans" / "unseen-scanner.toml")
+    base = base.model_copy(update={"name": "new-scanner", "rounds": base.rounds // 2 if quick else base.rounds})
+    return {f"{case}, {way}": _plan(base, new, way) for case, new in NEW.items() for way in TABLES}
+
+
+def _plan(base: Plan, new: str, way: str) -> Plan:
+    table = TABLES[way]
+    hospitals = base.simulation.model_copy(
+        update={
+            "scanners": tuple(f"{old}+{new}" for old in OLD),
+            "unlabelled": None if way == LABELS else (new,),
+            "unseen": (new, new),
+        }
+    )
+    adaptation = AdaptationTable(**table) if table else None
+    return base.model_copy(update={"simulation": hospitals, "adaptation": adaptation})
+
+
+def evaluate(results: Results) -> dict[str, Any]:
+    """Dice of every way on other patients of the new scanner, and the share of the gap to its labels that comes back."""
+
+    def dice(case: str, way: str) -> list[float]:
+        return [float(result["scanners"]["unseen_mean"]["dice"]) for result in results[f"{case}, {way}"]]
+
+    def recovered(case: str, way: str) -> list[float]:
+        plain, labels = np.array(dice(case, PLAIN)), np.array(dice(case, LABELS))
+        return [float(share) for share in (np.array(dice(case, way)) - plain) / (labels - plain)]
+
+    return {
+        "rows": [row(f"{case}, {way}", "dice", PATIENTS, dice(case, way)) for case in NEW for way in TABLES],
+        "claims": [
+            claim(
+                f"{case}_gap_recovered",
+                f"share of the gap to the {case} scanner's labels that {way} gives back",
+                recovered(case, way),
+                at_least=expected,
+            )
+            for case, way, expected in (("far", BOTH, 0.4), ("sequence", ADVERSARY, 0.3))
+        ],
+    }
+
+
+NEW_SCANNER = Experiment(
+    name="new-scanner",
+    title="A new scanner whose scans nobody has outlined",
+    seeds=(0, 1, 2, 3, 4),
+    n_sites=4,
+    arms=arms,
+    evaluate=evaluate,
+    compares=False,
+)
+"""Dice on other patients of the new scanner."""
