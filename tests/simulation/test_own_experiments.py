@@ -34,14 +34,20 @@ class TestStrategies:
         """
         The better of the two personal strategies against FedAvg, formed for each seed and then averaged.
         """
-        shared = {name: [{"after": {"federated": 0.8}}] * 2 for name in strategies.STRATEGIES}
+        sites = {"site-1": {"accuracy": 0.7, "own:accuracy": 0.9}, "site-2": {"accuracy": 0.6, "own:accuracy": 0.7}}
+        tested = {"test": {"per_site": sites}}
+        shared = {name: [{"after": {"federated": 0.8}, **tested}] * 2 for name in strategies.STRATEGIES}
         for name, values in (("fedbn", (0.9, 0.7)), ("ditto", (0.85, 0.9))):
-            shared[name] = [{"after": {"federated": 0.8, "personal_own": v, "personal_elsewhere": 0.5}} for v in values]
+            found = [{"federated": 0.8, "personal_own": v, "personal_elsewhere": 0.5} for v in values]
+            shared[name] = [{"after": one, **tested} for one in found]
         compared = {"local_own": 0.8, "local_elsewhere": 0.6, "rows": [{"method": "central", "mean": 0.9}]}
-        shared["fedavg"] = [{"after": {"federated": 0.8}, "comparison": compared}] * 2
+        shared["fedavg"] = [{"after": {"federated": 0.8}, "comparison": compared, **tested}] * 2
         table = strategies.evaluate(shared)
 
-        assert table["claims"][0]["values"] == pytest.approx([0.1, 0.1])
+        assert [claim["values"] for claim in table["claims"]] == [
+            pytest.approx([0.1, 0.1]),
+            pytest.approx([0.15, 0.15]),
+        ]
         assert {r["method"] for r in table["rows"]} >= {*strategies.STRATEGIES, "central", "local"}
 
 
