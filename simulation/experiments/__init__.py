@@ -5,6 +5,7 @@ from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
+from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
 from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
 from simulation.experiments.weak_labels import WEAK_LABELS
 
@@ -18,5 +19,6 @@ EXPERIMENTS = {
         UNSEEN_SCANNER,
         COLLAPSE,
         WEAK_LABELS,
+        STRATEGIES_EXPERIMENT,
     )
 }
