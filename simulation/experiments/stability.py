@@ -21,15 +21,13 @@ from simulation.experiments.harness import Experiment, Results, claim, row
 CASCADE, UNET = "cascade", "image-unet"
 CASCADE_ONLY = ("cascades", "consistency")
 
-ROUNDS = 12
-
 EVERYBODY = "first test patients of each site"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
-    """The reconstruction plan with either network and fewer rounds; ``quick`` takes a quarter of them."""
+    """The reconstruction plan with either network; ``quick`` takes a tenth of the rounds."""
     plan = Plan.load(Path(simulation.__path__[0]) / "plans" / "reconstruction.toml")
-    plan = plan.model_copy(update={"rounds": ROUNDS // 4 if quick else ROUNDS})
+    plan = plan.model_copy(update={"rounds": plan.rounds // 10}) if quick else plan
     tables = json.loads(plan.canonical_json())
     for key in CASCADE_ONLY:
         tables["task"].pop(key, None)
