@@ -120,7 +120,12 @@ def calibration_of(
 
 
 def site_models(plan: Plan, sites: Sequence[SiteFolder], journal: Journal) -> list[Weights]:
-    """Each site's model after its training in the last round: what it got plus what it sent, for those that did."""
+    """Each site's model after its training in the last round: what it got plus what it sent, for those that did.
+
+    None after a run of a single round: the weights that it began with are not kept.
+    """
+    if plan.rounds == 1:
+        return []
     got, models = journal.weights(plan.rounds - 1), []
     for site in sites:
         for sent in (site.station / "answers").glob(f"{plan.rounds:06d}-train-*.safetensors"):

@@ -111,6 +111,16 @@ class TestWhole:
 
         assert result["uncertainty"]["ece"]["single"] == pytest.approx(error)
 
+    def test_run_of_one_round_has_no_site_models(self, tmp_path):
+        """
+        The released model stands for them, and it is the only snapshot.
+        """
+        plan = plan_of().model_copy(update={"rounds": 1})
+        found = simulate(Request(plan, tmp_path, 2, compare=False, uncertainty=True), Watcher())["uncertainty"]
+
+        assert found["members"] == {"snapshots": 1, "sites": 0}
+        assert found["ece"]["ensemble"] == pytest.approx(found["ece"]["single"])
+
     def test_page_shows_diagram_dots_and_flags(self, run):
         """
         Every way with its error, every number that flags.
