@@ -6,6 +6,7 @@ from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
 from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
+from simulation.experiments.uncertainty import UNCERTAINTY
 from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
 from simulation.experiments.weak_labels import WEAK_LABELS
 
@@ -20,5 +21,6 @@ EXPERIMENTS = {
         COLLAPSE,
         WEAK_LABELS,
         STRATEGIES_EXPERIMENT,
+        UNCERTAINTY,
     )
 }
