@@ -21,6 +21,7 @@ from client.folder import SiteFolder
 from client.readiness import look
 from client.site import SiteConfig
 from client.station import Station
+from shared_models.plan import Plan
 
 PLANS = Path(__file__).parents[2] / "simulation" / "plans"
 SECRET = b"a secret of the tests, 32 bytes!"
@@ -143,3 +144,27 @@ class TestAgainstAPlan:
         assert data.error is None
         assert f"patients fit {smoke_plan.name}" in data.text
         assert f"Against the plan {smoke_plan.name}" in (site.station / page.FILE).read_text(encoding="utf-8")
+
+    def test_look_at_new_images_leaves_an_approved_plan_its_patients(self, tmp_path, site, hospitals, smoke_plan):
+        """
+        As cron may do it during a run: new patients are found, and the next plan that is approved has them.
+        """
+        source = tmp_path / "images"
+        shutil.copytree(site_data(site), source)
+        SiteConfig.load(site.station).model_copy(update={"data": str(source)}).save(site.station)
+        Station(site.station).approve(smoke_plan)
+        before = people(Station(site.station), smoke_plan)
+        n_before = len(Station(site.station).catalogue().studies())
+        shutil.copytree(hospitals[1].folder, source / "new")
+        run_check(site, "station")
+
+        assert len(Station(site.station).catalogue().studies()) > n_before
+        assert people(Station(site.station), smoke_plan) == before
+        later = smoke_plan.model_copy(update={"name": "later"})
+        Station(site.station).approve(later)
+        assert people(Station(site.station), later) > before
+
+
+def people(station: Station, plan: Plan) -> set[str]:
+    cohort = station.cohort(plan)
+    return {patient.key for split in ("train", "validation", "test") for patient in cohort.patients(split)}
