@@ -5,6 +5,7 @@ from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
+from simulation.experiments.stability import STABILITY
 from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
 from simulation.experiments.uncertainty import UNCERTAINTY
 from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
@@ -22,5 +23,6 @@ EXPERIMENTS = {
         WEAK_LABELS,
         STRATEGIES_EXPERIMENT,
         UNCERTAINTY,
+        STABILITY,
     )
 }
