@@ -1,9 +1,11 @@
 """Every experiment by the name that ``federad-sim experiment`` takes."""
 
+from simulation.experiments.classification import CLASSIFICATION
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
 from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
+from simulation.experiments.reconstruction import RECONSTRUCTION
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
 from simulation.experiments.stability import STABILITY
 from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
@@ -16,7 +18,9 @@ EXPERIMENTS = {
     for experiment in (
         FEDERATED_VS_CENTRAL,
         PRIVACY_UTILITY,
+        CLASSIFICATION,
         CLASSIFICATION_REAL,
+        RECONSTRUCTION,
         RECONSTRUCTION_REAL,
         UNSEEN_SCANNER,
         COLLAPSE,
