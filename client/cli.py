@@ -184,8 +184,7 @@ def check(
 def left_out(site: Site = None, as_json: AsJson = False) -> None:
     """Name the files that check left out, and why. Their names may be patients' names: they are kept nowhere."""
     folder = SiteFolder.find(site)
-    station = _station(folder)
-    named = station.left_out()
+    named = _station(folder).skipped_files()
     if as_json:
         print(json.dumps([{"file": str(file), "reason": reason.value} for file, reason in named]))
         return

@@ -365,9 +365,9 @@ class Station:
         """What was found in the data folder; C143 if nobody looked yet."""
         return Catalogue.open(self.folder / CATALOGUE)
 
-    def left_out(self) -> list[tuple[PurePosixPath, Reason]]:
+    def skipped_files(self) -> list[tuple[PurePosixPath, Reason]]:
         """The files that the last look left out, with reasons: for people here, whom names of files may name."""
-        return self.catalogue().left_out(self._secret)
+        return self.catalogue().skipped_files(self._secret)
 
     def answer(self, data: bytes) -> bytes:
         """Answer a question: the same bytes whenever the same question comes.

@@ -160,10 +160,10 @@ def _looked_at(
     ways = {"single": single, "scaled": _scaled(single, warm), **{kind: one.mean for kind, one in together.items()}}
     near = shown = np.ones(truth.shape, np.bool_)
     if isinstance(trainer.task, Segmentation):
-        outlines = [truth > 0, single.argmax(0) > 0, everybody.mean.argmax(0) > 0]
+        outlines = [truth > 0, single.argmax(0) > 0, ways["ensemble"].argmax(0) > 0]
         near, shown = _near(outlines, volume.spacing_mm), _near([one > 0 for one in named], volume.spacing_mm)
-    score = _score(trainer, everybody.mean, truth)
-    is_missed = bool((everybody.mean.argmax(0) != truth).any())
+    score = _score(trainer, ways["ensemble"], truth)
+    is_missed = bool((ways["ensemble"].argmax(0) != truth).any())
     numbers = {
         "score": score,
         "score_single": _score(trainer, single, truth),

@@ -168,7 +168,7 @@ class Catalogue:
             )
         return {_file_key(secret, relative): self._source / relative for relative in _listing(self._source)}
 
-    def left_out(self, secret: bytes) -> list[tuple[PurePosixPath, Reason]]:
+    def skipped_files(self, secret: bytes) -> list[tuple[PurePosixPath, Reason]]:
         """The files left out that are still there, by their place below the source folder, each with its reason.
 
         Names of files may be names of patients.
