@@ -7,6 +7,7 @@ from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction import RECONSTRUCTION
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
+from simulation.experiments.self_configuration import SELF_CONFIGURATION
 from simulation.experiments.stability import STABILITY
 from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
 from simulation.experiments.uncertainty import UNCERTAINTY
@@ -22,6 +23,7 @@ EXPERIMENTS = {
         CLASSIFICATION_REAL,
         RECONSTRUCTION,
         RECONSTRUCTION_REAL,
+        SELF_CONFIGURATION,
         UNSEEN_SCANNER,
         COLLAPSE,
         WEAK_LABELS,
