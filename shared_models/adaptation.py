@@ -5,7 +5,8 @@ shading, blur, resolution, Rician noise (Billot et al. 2023, arXiv:2107.09559; Z
 sample becomes depends on its own random numbers alone.
 
 **Gradient reversal** (Ganin et al. 2016, arXiv:1505.07818): a discriminator reads the scanner off pooled features of
-several depths (Kamnitsas et al. 2017, arXiv:1612.08894), and the features learn to mislead it. Its parameters travel and
+several depths (Kamnitsas et al. 2017, arXiv:1612.08894), or off what is predicted (Tsai et al. 2018, arXiv:1802.10349), and
+the network learns to mislead it. Its parameters travel and
 are averaged like all others, so under ``[privacy]`` they lie in the same clipped and noised vector. The reversed gradient
 joins the task's where features arise, sample by sample, and measures at most ``gradient_ratio`` of it there: an adversary
 without a bound destroys what it should protect. No term depends on other samples.
@@ -16,7 +17,8 @@ Where sites have one scanner each, the server trains the discriminator instead: 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -159,6 +161,9 @@ def _has_reference(volume: Volume, task: Task) -> bool:
 HIDDEN = 32
 """Units between the pooled features and the scanners."""
 
+READERS = 16
+"""Channels of each layer between predictions and the scanners."""
+
 ACTIVATIONS = ("torch.nn.modules.activation", "monai.networks.blocks.activation")
 """Where the classes live whose outputs are features."""
 
@@ -177,7 +182,8 @@ class Tap:
 class Adapted(nn.Module):
     """A network with the discriminator that its features should mislead.
 
-    It answers as the network does. The features of the last forward pass in training wait for :meth:`oppose`.
+    It answers as the network does. What the discriminator reads of the last forward pass in training waits for
+    :meth:`oppose`: features of several depths, pooled, or the predicted probabilities, place by place.
 
     Parameters
     ----------
@@ -197,8 +203,14 @@ class Adapted(nn.Module):
         self._ratio = table.gradient_ratio
         self._n_scanners = len(ScannerTable(table.scanners))
         self._n_labels = len(plan.task.labels) if table.conditional else 1
-        self._taps, n_features = find_taps(network, torch.zeros(1, len(plan.data.channels), *plan.data.patch))
         self._features: list[Tensor] = []
+        self._read: Callable[[Sequence[Tensor]], Tensor] = pooled
+        self._taps: list[Tap] | None = None
+        if table.reads == "predictions":
+            self._read = partial(_probabilities, n_labels=len(plan.task.labels))
+            self.discriminator = _of_predictions(plan, self._n_scanners)
+            return
+        self._taps, n_features = find_taps(network, torch.zeros(1, len(plan.data.channels), *plan.data.patch))
         self.discriminator = nn.Sequential(
             nn.LayerNorm(n_features, elementwise_affine=False),
             nn.Linear(n_features, HIDDEN),
@@ -211,6 +223,10 @@ class Adapted(nn.Module):
         self._features = []
         if not (self.training and torch.is_grad_enabled()):
             answer: Tensor = self.network(image)
+            return answer
+        if self._taps is None:
+            answer = self.network(image)
+            self._features = [answer]
             return answer
         with Listening(self.network, self._taps) as features:
             answer = self.network(image)
@@ -251,9 +267,10 @@ class Adapted(nn.Module):
             return
         like = next(self.discriminator.parameters())
         leaves = [feature.detach().to(like.dtype).requires_grad_() for feature in features]
-        logits = self.discriminator(pooled(leaves)).unflatten(1, (self._n_labels, self._n_scanners))
+        logits = self.discriminator(self._read(leaves)).reshape(len(label), self._n_labels, self._n_scanners, -1)
         of_label = logits[torch.arange(len(label), device=label.device), label]
-        each = F.cross_entropy(of_label, scanner.clamp(min=0), reduction="none") * takes_part
+        named = scanner.clamp(min=0)[:, None].expand(-1, of_label.shape[2])
+        each = F.cross_entropy(of_label, named, reduction="none").mean(1) * takes_part
         own = list(self.discriminator.parameters())
         found = torch.autograd.grad(share * each.sum() / len(each), [*leaves, *own])
         for parameter, gradient in zip(own, found[len(leaves) :], strict=True):
@@ -290,6 +307,26 @@ def pooled(features: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def _of_predictions(plan: Plan, n_scanners: int) -> nn.Sequential:
+    """A discriminator that names the scanner at each place of a map of probabilities, which it sees at a quarter of its
+    resolution and with what lies around (Tsai et al. 2018, arXiv:1802.10349)."""
+    convolution = nn.Conv2d if plan.data.dimensions == 2 else nn.Conv3d
+    return nn.Sequential(
+        convolution(len(plan.task.labels), READERS, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        convolution(READERS, READERS, 3, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        convolution(READERS, READERS, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        convolution(READERS, n_scanners, 1),
+    )
+
+
+def _probabilities(answers: Sequence[Tensor], n_labels: int) -> Tensor:
+    """Of each label at each place; what a network says beside its logits is left out."""
+    return answers[0][:, :n_labels].softmax(1)
+
+
 def describe(network: nn.Module, image: Tensor) -> Tensor:
     """What a discriminator sees of each image, ``(batch, d)``; ``network`` has none of its own."""
     taps, _ = find_taps(network, image[:1])
@@ -324,8 +361,8 @@ def strength_at(table: AdaptationTable | None, round_: int, rounds: int) -> floa
     return table.strength * (2 / (1 + math.exp(-10 * p)) - 1) if p > 0 else 0.0
 
 
-WINDOW = 3
-"""Rounds whose validations are averaged before they are compared."""
+WINDOW = 7
+"""Rounds whose median validation is compared: a few patients dip for a round or two in any run, adversary or not."""
 
 TOLERANCE = 0.02
 """By how much held-out quality may lie below its best."""
@@ -353,7 +390,7 @@ def left_of_adversary(plan: Plan, validations: Sequence[float | None]) -> float:
         window.append(value)
         if len(window) < WINDOW:
             continue
-        now = math.fsum(window[-WINDOW:]) / WINDOW
+        now = statistics.median(window[-WINDOW:])
         if now < best - TOLERANCE:
             n_falls, best, window = n_falls + 1, -math.inf, []
         else:

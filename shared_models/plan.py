@@ -27,7 +27,7 @@ from shared_models.tasks import OF_KSPACE, TASKS, WITH_BACKGROUND, WITH_NUMBERS
 NOT_YET = ("secure_sum",)
 """Tables that DESIGN reserves and that this version refuses, so that nobody believes they are in force."""
 
-ADVERSARIAL_ONLY = ("strength", "conditional", "gradient_ratio", "warm_up", "scanners")
+ADVERSARIAL_ONLY = ("strength", "reads", "conditional", "gradient_ratio", "warm_up", "scanners")
 """Keys of ``[adaptation]`` that have a meaning beside ``adversarial`` alone."""
 
 MOMENTS_ONLY = ("moments_every", "moments_clip", "moments_noise")
@@ -547,6 +547,11 @@ class AdaptationTable(_Table):
     strength: float = Field(
         default=0.3, gt=0, le=100, description="weight of the gradient that hides scanners after the warm-up, above 0"
     )
+    reads: Literal["predictions"] | None = Field(
+        default=None,
+        description='"predictions": outlines learn to look alike whatever the scanner, for segmentation with adversarial = '
+        '"scanner" only; leave it out for features',
+    )
     conditional: bool = Field(
         default=False, description="tell scanners apart among samples of the same label: true or false"
     )
@@ -627,6 +632,21 @@ class AdaptationTable(_Table):
         return self
 
     @model_validator(mode="after")
+    def _reads(self) -> Self:
+        for key, is_set in (
+            ('adversarial = "moments"', self.adversarial == "moments"),
+            ("conditional = true", self.conditional),
+        ):
+            if self.reads is not None and is_set:
+                raise _ContradictionError(
+                    "adaptation.reads",
+                    f'reads = "{self.reads}" with {key}',
+                    "Moments, and labels that a discriminator is told, are of features.",
+                    f"remove reads from [adaptation], or {key}",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _table_of_scanners(self) -> Self:
         for name in self.scanners or ():
             if parse_scanner(name).maker == OTHER:
@@ -648,6 +668,11 @@ class SimulationTable(_Table):
         default=(),
         description="names of emulated scanners, dealt to the sites in this order, or several of one site joined by a plus "
         "sign; empty takes the first four in turn",
+    )
+    second_series: str | None = Field(
+        default=None,
+        pattern="^[a-z0-9][a-z0-9.-]{0,62}$",
+        description="emulated scanner whose sequence each study shows as well, on its own device; leave it out for none",
     )
     prevalence: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = Field(
         default=None,
@@ -845,13 +870,24 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
-    def _adapts_pictures(self) -> Self:
-        if self.adaptation is not None and self.task.kind in OF_KSPACE:
+    def _discriminator_of_pictures(self) -> Self:
+        if self.is_adversarial and self.task.kind in OF_KSPACE:
             raise _ContradictionError(
-                "adaptation",
-                f'a table [adaptation] with kind = "{self.task.kind}"',
-                "What is varied and what a discriminator reads are pictures, and this task begins at k-space.",
-                "remove [adaptation]",
+                "adaptation.adversarial",
+                f'adversarial with kind = "{self.task.kind}"',
+                "A discriminator reads what is made of pictures, and this task begins at k-space.",
+                "remove adversarial from [adaptation]; appearance = true varies what is measured",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _predictions_of_outlines(self) -> Self:
+        if self.task.kind != "segmentation" and self.adaptation is not None and self.adaptation.reads is not None:
+            raise _ContradictionError(
+                "adaptation.reads",
+                f'reads = "{self.adaptation.reads}" with kind = "{self.task.kind}"',
+                "Outlines look alike on all scanners; how many patients have a disease, or what an image shows, need not.",
+                "remove reads from [adaptation]: the discriminator reads features then",
             )
         return self
 

@@ -1,9 +1,10 @@
 """Emulated hospitals: folders of real DICOM files as a hospital would export them, or of k-space where plans begin there.
 
 Every hospital has its own patients and one scanner, or several among which patients are dealt. A study is one series of
-classic MR images, one file per slice, with the outline of the lesions as a DICOM Segmentation that refers to them::
+classic MR images, one file per slice, with the outline of the lesions as a DICOM Segmentation that refers to them, and a
+second series of the same device where the plan names its sequence::
 
-    site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm
+    site-1/EMU-0-1-001/study-1/im-001.dcm ... im-012.dcm seg.dcm second-001.dcm ... second-012.dcm
     site-1/labels.csv                       who has a lesion, where the plan names a prevalence; how many or what share
                                             of the brain they are, where the plan learns that
 
@@ -39,7 +40,7 @@ from simulation.atlas import HEAD_HEIGHT_MM, TISSUES, Grid
 from simulation.kspace import NOISE_SHARE, coil_images, write_study
 from simulation.patients import TISSUES_WITH_LESION, Anatomy, EmulatedPatient
 from simulation.processes import process_pool
-from simulation.scanners import ALL_SCANNERS, SCANNERS, Scanner, acquire, scanners_sha256
+from simulation.scanners import ALL_SCANNERS, SCANNERS, Scanner, acquire, scanners_sha256, with_sequence
 
 SLICE_THICKNESS_MM = 4.0
 """Thickness of a slice in plans of two dimensions [mm]; there is no gap between slices."""
@@ -52,6 +53,9 @@ GRADES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 FORMAT = 1
 """Grows whenever the same seed would give other files than before."""
+
+SECOND = 3
+"""Series Number of a second series; the segmentation's is 2."""
 
 MANIFEST, UNFINISHED = "manifest.json", "unfinished"
 
@@ -88,6 +92,8 @@ class _Assignment:
     n_coils: int | None
     """Receivers whose k-space is written; None for DICOM."""
     is_unlabelled: bool = False
+    second_series: str | None = None
+    """Whose sequence a second series shows."""
     number: str | None = None
     """What of the lesions is written down: "count", "proportion", or some of :data:`FINDINGS`, joined by semicolons; None
     where it is at most whether there are any."""
@@ -164,6 +170,7 @@ def _emulated(
                 label,
                 folder,
                 _coils(plan),
+                _second_series(plan),
                 _number(plan),
             )
             for share in shares
@@ -196,6 +203,7 @@ def _assigned(
     label: str,
     folder: Path,
     n_coils: int | None = None,
+    second_series: str | None = None,
     number: str | None = None,
 ) -> _Assignment:
     """A patient of a hospital, and the scanner there that sees the patient."""
@@ -209,7 +217,18 @@ def _assigned(
             is_first = (random.random() < share.confounding) == patient.has_lesion(prevalence)
             scanner = names[0] if is_first else names[1 + int(random.integers(len(names) - 1))]
     is_unlabelled = scanner in share.unlabelled
-    return _Assignment(patient, scanner, grid, label, folder / share.name, prevalence, n_coils, is_unlabelled, number)
+    return _Assignment(
+        patient,
+        scanner,
+        grid,
+        label,
+        folder / share.name,
+        prevalence,
+        n_coils,
+        is_unlabelled,
+        second_series,
+        number,
+    )
 
 
 def emulation_sha256(plan: Plan, *, n_sites: int, seed: int) -> str:
@@ -343,6 +362,21 @@ def _coils(plan: Plan) -> int | None:
     return plan.data.coils if plan.task.kind in OF_KSPACE else None
 
 
+def _second_series(plan: Plan) -> str | None:
+    """Whose sequence every study shows as well."""
+    name = plan.simulation.second_series
+    if name is None:
+        return None
+    if plan.task.kind in OF_KSPACE:
+        raise FederadError(
+            "R230",
+            happened=f'simulation.second_series is given with kind = "{plan.task.kind}".',
+            because="The k-space of an emulated study is that of one series.",
+            remedies=("leave second_series out",),
+        )
+    return _known_scanners("second_series", [name])[0]
+
+
 def _number(plan: Plan) -> str | None:
     """What of the lesions is written into tables."""
     if plan.task.target == "multi-label":
@@ -412,6 +446,8 @@ def _manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         inputs |= {"number": number, "grades": GRADES}
     if plan.simulation.prevalence is not None:
         inputs |= {"prevalence": _dealt_prevalence(plan, n_sites, seed), "without": _without(plan)}
+    if (second := _second_series(plan)) is not None:
+        inputs["second_series"] = second
     for key in ("confounding", "size_skew", "unlabelled", "spacing_spread"):
         if (value := getattr(plan.simulation, key)) is not None:
             inputs[key] = value
@@ -433,6 +469,8 @@ def _unseen_manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
         inputs |= {"number": number, "grades": GRADES}
     if (n_coils := _coils(plan)) is not None:
         inputs |= {"coils": n_coils, "noise_share": NOISE_SHARE}
+    if (second := _second_series(plan)) is not None:
+        inputs["second_series"] = second
     if plan.simulation.spacing_spread is not None:
         inputs["spacing_spread"] = plan.simulation.spacing_spread
     return _signed(inputs)
@@ -441,7 +479,8 @@ def _unseen_manifest(plan: Plan, n_sites: int, seed: int) -> dict[str, Any]:
 def named_scanners(plan: Plan) -> list[str]:
     """Every emulated scanner that a plan names, seen or not."""
     table = plan.simulation
-    return [one for name in (*table.scanners, *(table.unseen or ())) for one in name.split("+")]
+    second = () if table.second_series is None else (table.second_series,)
+    return [one for name in (*table.scanners, *(table.unseen or ()), *second) for one in name.split("+")]
 
 
 def _signed(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -580,16 +619,19 @@ FINDINGS: dict[str, Callable[[Anatomy], bool]] = {
 
 
 def _write_study(assignment: _Assignment, study: int) -> Anatomy:
-    """One series and its segmentation into ``<patient>/study-<n>``; what was seen."""
+    """The series and the segmentation into ``<patient>/study-<n>``; what was seen."""
     patient, grid = assignment.patient, assignment.grid
     anatomy = patient.anatomy(grid, study, with_lesions=assignment.has_lesions)
-    random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner)
-    image = acquire(ALL_SCANNERS[assignment.scanner], anatomy.tissues, grid.spacing_mm, random)
-    series = _series(assignment, study, image)
+    scanner = ALL_SCANNERS[assignment.scanner]
     folder = assignment.folder / patient.patient_id / f"study-{study}"
     folder.mkdir(parents=True)
+    series = _acquired(assignment, study, anatomy, scanner, number=1)
     for slice_ in series:
         dcmwrite(folder / f"im-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
+    if assignment.second_series is not None:
+        second = with_sequence(scanner, ALL_SCANNERS[assignment.second_series])
+        for slice_ in _acquired(assignment, study, anatomy, second, number=SECOND):
+            dcmwrite(folder / f"second-{slice_.InstanceNumber:03d}.dcm", slice_, enforce_file_format=True)
     if assignment.is_unlabelled:
         return anatomy
     segmentation = _segmentation(assignment, study, series, anatomy.lesion_mask)
@@ -609,21 +651,29 @@ def _write_kspace(assignment: _Assignment, study: int) -> Anatomy:
     return anatomy
 
 
+def _acquired(assignment: _Assignment, study: int, anatomy: Anatomy, scanner: Scanner, number: int) -> list[Dataset]:
+    """Series ``number`` of a study, from the feet to the head; 1 is the one that is drawn on."""
+    patient = assignment.patient
+    which = () if number == 1 else (number,)
+    random = generator("acquisition", patient.seed, patient.site, patient.index, study, assignment.scanner, *which)
+    image = acquire(scanner, anatomy.tissues, assignment.grid.spacing_mm, random)
+    pixels = np.clip(np.rint(image * scanner.gain), 0, 4095).astype("<u2")
+    window = float(np.percentile(pixels, 99.5))
+    slices = [_slice(assignment, study, place, plane, window) for place, plane in enumerate(pixels, start=1)]
+    for slice_ in slices:
+        _describe_scanner(slice_, scanner)
+        if number > 1:
+            slice_.SOPInstanceUID = _uid(assignment, study, "series", number, slice_.InstanceNumber)
+            slice_.SeriesInstanceUID = _uid(assignment, study, "series", number)
+            slice_.SeriesNumber = number
+    return slices
+
+
 def _uid(assignment: _Assignment, *what: object) -> UID:
     """A UID that the same emulation gives again and no other one does."""
     parts = ("federad", FORMAT, assignment.patient, ALL_SCANNERS[assignment.scanner], assignment.grid, *what)
     parts += () if assignment.has_lesions else ("without lesions",)
     return generate_uid(entropy_srcs=["\x1f".join(str(part) for part in parts)])
-
-
-def _series(assignment: _Assignment, study: int, image: NDArray[np.float32]) -> list[Dataset]:
-    """The image as classic MR slices, from the feet to the head; ``image`` is ``(z, y, x)`` [1 = full scale]."""
-    scanner = ALL_SCANNERS[assignment.scanner]
-    pixels = np.clip(np.rint(image * scanner.gain), 0, 4095).astype("<u2")
-    return [
-        _slice(assignment, study, number, plane, window=float(np.percentile(pixels, 99.5)))
-        for number, plane in enumerate(pixels, start=1)
-    ]
 
 
 def _slice(assignment: _Assignment, study: int, number: int, pixels: NDArray[np.uint16], window: float) -> Dataset:
@@ -637,7 +687,6 @@ def _slice(assignment: _Assignment, study: int, number: int, pixels: NDArray[np.
     ds.InstanceNumber = number
     _describe_patient(ds, assignment.patient, study)
     _describe_study(ds, assignment, study)
-    _describe_scanner(ds, ALL_SCANNERS[assignment.scanner])
     _place(ds, assignment.grid, number - 1)
     ds.SamplesPerPixel = 1
     ds.PhotometricInterpretation = "MONOCHROME2"

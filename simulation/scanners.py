@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -304,12 +304,44 @@ LABORATORY: dict[str, Scanner] = {
         noise=0.045,
         gain=2500.0,
     ),
+    "siemens-t2star-1.5t": Scanner(
+        manufacturer="SIEMENS",
+        model="MAGNETOM Brisa",
+        field_strength_t=1.5,
+        sequence_name="*fl2d1",
+        series_description="t2_fl2d_tra_hemo",
+        scanning_sequence=("GR",),
+        echo_time_s=0.025,
+        repetition_time_s=0.8,
+        inversion_time_s=None,
+        contrast_agent=None,
+        intensities=Intensities(scalp=0.55, bone=0.05, csf=0.62, grey_matter=0.58, white_matter=0.50, lesion=0.15),
+        variation=0.18,
+        gamma=1.1,
+        bias_amplitude=0.3,
+        point_spread_mm=0.8,
+        noise=0.045,
+        gain=1200.0,
+    ),
 }
 """Further scanners for experiments. The first four lie near those of :data:`SCANNERS`, the next two far outside (blurred,
-shaded, noisy, another response), and the last shows another sequence, in which lesions are dark."""
+shaded, noisy, another response), and the last two show other sequences, in which lesions are dark: T1 without a contrast
+agent, and a gradient echo on which blood is."""
 
 ALL_SCANNERS = SCANNERS | LABORATORY
 """Every emulated scanner by the name that a plan uses."""
+
+
+SEQUENCE = (
+    *("sequence_name", "series_description", "scanning_sequence", "contrast_agent", "intensities"),
+    *("echo_time_s", "repetition_time_s", "inversion_time_s"),
+)
+"""What belongs to the sequence of a :class:`Scanner`, and not to its device."""
+
+
+def with_sequence(scanner: Scanner, other: Scanner) -> Scanner:
+    """A device with the sequence of another."""
+    return replace(scanner, **{key: getattr(other, key) for key in SEQUENCE})
 
 
 def scanners_sha256(named: Iterable[str] = ()) -> str:

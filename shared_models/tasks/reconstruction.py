@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -110,6 +111,20 @@ class Reconstruction(Task):
         batch = torch.from_numpy(np.array(images, np.float32))[None]
         sample, scale = self._measured(batch, [self._mask(volume, (size[1], size[2]), rng)])
         return Sample(sample[0].numpy(), (batch / scale)[0].numpy())
+
+    def in_another_light(self, sample: Sample, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Sample:
+        """Coil images of another magnitude and the same phase, measured anew under the same mask.
+
+        What is measured and the target change alike, as they would on another scanner; the darkest place, which is air,
+        stays dark.
+        """
+        images = torch.from_numpy(sample.target)[None]
+        before = root_sum_of_squares(to_complex(images))[0].numpy()
+        after = change(before[None])[0]
+        factor = np.divide(after - after.min(), before, out=np.zeros_like(before), where=before > 0)
+        changed = images * torch.from_numpy(factor)
+        measured, scale = self._measured(changed, [sample.image[-1] > 0])
+        return replace(sample, image=measured[0].numpy(), target=(changed / scale)[0].numpy())
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Distance from the target over the target's length; the mean over samples.

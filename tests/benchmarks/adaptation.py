@@ -28,7 +28,11 @@ TABLES = {
     "plain": None,
     "appearance": AdaptationTable(appearance=True),
     "adversary": AdaptationTable(adversarial="scanner", warm_up=0.0),
+    "predictions": AdaptationTable(adversarial="scanner", reads="predictions", warm_up=0.0),
     "both": AdaptationTable(appearance=True, adversarial="scanner", warm_up=0.0),
+    "appearance and predictions": AdaptationTable(
+        appearance=True, adversarial="scanner", reads="predictions", warm_up=0.0
+    ),
 }
 
 

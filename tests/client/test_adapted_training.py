@@ -156,16 +156,21 @@ class TestWhoAdapts:
 
 
 class TestPrivately:
-    @pytest.mark.parametrize("conditional", [False, True])
-    @pytest.mark.parametrize("kind", ["segmentation", "classification"])
-    def test_one_patient_moves_the_sum_by_at_most_the_clip(self, kind, conditional, monkeypatch):
+    @pytest.mark.parametrize(
+        ("kind", "asked"),
+        [
+            *((kind, {"conditional": on}) for kind in ("segmentation", "classification") for on in (False, True)),
+            ("segmentation", {"reads": "predictions"}),
+        ],
+    )
+    def test_one_patient_moves_the_sum_by_at_most_the_clip(self, kind, asked, monkeypatch):
         """
         With everything on, one more patient of any scanner adds a vector of at most C, and changes nobody else's.
         """
         plan = private_plan(
             (kind, contracts.NETWORKS_FOR[kind][0], 2),
             privacy={"views": 2},
-            adaptation={**BOTH, "conditional": conditional, "strength": 5.0},
+            adaptation={**BOTH, **asked, "strength": 5.0},
         )
         three = scanned(plan, 3)
         two = ScannedCohort(three.volumes, {"train": three.people["train"][:2]})
@@ -186,12 +191,17 @@ class TestPrivately:
         assert Adversary.of(plan, scanned(plan, declared_scanners=one), 1) is None
         assert Adversary.of(plan, scanned(plan, declared_scanners=None), 1) is None
 
-    @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_contract_covers_the_discriminator(self, case):
+    @pytest.mark.parametrize(
+        ("case", "asked"),
+        [(case, {}) for case in CASES]
+        + [(case, {"reads": "predictions"}) for case in CASES if case[0] == "segmentation"],
+        ids=str,
+    )
+    def test_contract_covers_the_discriminator(self, case, asked):
         """
         A network with its adversary passes the check that every private run begins with.
         """
-        task = task_for(contracts.example_plan(*case, adaptation=BOTH))
+        task = task_for(contracts.example_plan(*case, adaptation={**BOTH, **asked}))
 
         check_network(task.build_network(), task)
 

@@ -71,6 +71,7 @@ FULL: Tables = {
         "spacing_mm": [5.0, 0.9, 1.1],
         "spacing_spread": 0.1,
         "scanners": ["one", "two"],
+        "second_series": "three",
         "prevalence": [0.5, 0.25],
         "label_skew": 0.5,
         "confounding": [0.9, 0.1],
@@ -260,8 +261,8 @@ PRIVATE_LEAVES = [("privacy", key) for key in PRIVACY]
 PRIVATE_KEYS = [("privacy",), ("privacy", "epsilon"), *PRIVATE_LEAVES]
 
 
-MOMENTS_KEYS = [("adaptation", key) for key in MOMENTS_ONLY]
-"""Keys that a plan has where sites release moments, which keeps conditional out."""
+MOMENTS_KEYS = [("adaptation", key) for key in (*MOMENTS_ONLY, "reads")]
+"""Keys that conditional keeps out: where sites release moments, and where predictions are read."""
 
 LEAST_KEYS = (
     ("name",), ("rounds",), ("task", "kind"), ("task", "labels"), ("task", "network"),
@@ -723,6 +724,9 @@ class TestAdaptation:
         ("_moments", {"adaptation": {**DESIGN_ADAPTATION, "moments_every": 2}}, 'adversarial = "scanner"'),
         ("_moments", {"adaptation": {"appearance": True, "moments_clip": 2.0}}, "moments_clip alone"),
         ("_moments", {"adaptation": {**MOMENTS, "conditional": True}}, "conditional"),
+        ("_reads", {"adaptation": {**MOMENTS, "reads": "predictions"}}, 'adversarial = "moments"'),
+        ("_reads", {"adaptation": {**DESIGN_ADAPTATION, "reads": "predictions", "conditional": True}}, "conditional"),
+        ("_adversary", {"adaptation": {"appearance": True, "reads": "predictions"}}, "reads without adversarial"),
         ("_moments_have_their_noise", {"adaptation": MOMENTS, "privacy": DESIGN_PRIVACY}, "without moments_noise"),
         ("_moments_have_their_noise", {"adaptation": {**MOMENTS, "moments_noise": 5.0}}, "without [privacy]"),
         ("_moments_have_their_noise", {"adaptation": MOMENTS, "rounds": 1}, "rounds = 1"),
@@ -984,7 +988,7 @@ QUANTIFYING: Tables = {
 
 
 class TestQuantification:
-    ADVERSARY: ClassVar = {"adversarial": "scanner", "scanners": ["SIEMENS A 3 T", "GE B 3 T"], "conditional": True}
+    ADVERSARY: ClassVar = {"adversarial": "scanner", "scanners": ["SIEMENS A 3 T", "GE B 3 T"]}
     CASES: ClassVar = (
         ("_target_fits_kind", ("task", "target"), "ordinal", 'target = "count"'),
         ("_labels_are_names", ("task", "labels"), ["none", "emphysema"], '"background"'),
@@ -994,7 +998,8 @@ class TestQuantification:
         ("_keys_are_read", ("training",), {"class_weights": [1.0, 1.0]}, "remove class_weights"),
         ("_keys_are_read", ("training",), {"balanced": True}, "remove balanced"),
         ("_keys_are_read", ("task", "sharpness"), 2.0, "remove sharpness"),
-        ("_conditional_of_labels", ("adaptation",), ADVERSARY, "remove conditional"),
+        ("_conditional_of_labels", ("adaptation",), {**ADVERSARY, "conditional": True}, "remove conditional"),
+        ("_predictions_of_outlines", ("adaptation",), {**ADVERSARY, "reads": "predictions"}, "remove reads"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)
@@ -1049,7 +1054,7 @@ class TestReconstruction:
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 16.0]], "below 0.0625"),
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 4.0], ["a", 5.0]], "once"),
         ("_coils_fit_network", ("task", "network"), "varnet", "number of coils"),
-        ("_adapts_pictures", ("adaptation",), {"appearance": True}, "remove [adaptation]"),
+        ("_discriminator_of_pictures", ("adaptation",), {"adversarial": "scanner"}, "remove adversarial"),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)

@@ -11,8 +11,10 @@ import torch
 from contracts import example_plan
 
 from shared_models import mri, stability
+from shared_models.adaptation import sample_of
 from shared_models.compressed_sensing import wavelet_reconstruction
 from shared_models.errors import FederadError
+from shared_models.plan import AdaptationTable
 from shared_models.task import task_for
 from shared_models.volume import Volume
 
@@ -85,6 +87,42 @@ class TestSample:
 
         with pytest.raises(FederadError, match="P105"):
             task.zero_filled(a_head(shape=(8, 8)))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """One slice as it is, and as a plan with appearance randomisation varies it; this one is among those that change."""
+    plan = a_plan(coils=2)
+    varied = plan.model_copy(update={"adaptation": AdaptationTable(appearance=True)})
+    plain = task_for(plan).draw(a_head(coils=2), np.random.default_rng(0))
+    return plain, sample_of(task_for(varied), a_head(coils=2), np.random.default_rng(0))
+
+
+class TestAppearance:
+    def test_what_is_measured_is_that_of_the_changed_target(self, samples):
+        """
+        Still the k-space of the target under the same mask, with 1 as the largest value of the zero-filled image.
+        """
+        plain, sample = samples
+        measured, mask = mri.to_complex(torch.from_numpy(sample.image)[None, :-1]), torch.from_numpy(sample.image[-1])
+        target = mri.to_complex(torch.from_numpy(sample.target)[None])
+
+        assert np.array_equal(sample.image[-1], plain.image[-1])
+        assert not np.allclose(sample.target, plain.target, atol=0.01)
+        torch.testing.assert_close(measured, mri.fourier(target) * mask, rtol=1e-4, atol=1e-5)
+        assert mri.root_sum_of_squares(mri.inverse_fourier(measured)).max() == pytest.approx(1.0, abs=1e-4)
+
+    def test_phase_and_coils_stay(self, samples):
+        """
+        Each coil's image keeps its phase and its share of the magnitude wherever there is signal.
+        """
+        before, after = (mri.to_complex(torch.from_numpy(sample.target)[None])[0] for sample in samples)
+        both = (before.abs() > 0.1).all(0) & (after.abs() > 0.1).all(0)
+
+        assert both.sum() > 200
+        turned = torch.angle(after * before.conj())[:, both]
+        assert turned.abs().max() < 1e-3
+        torch.testing.assert_close((after[0] / after[1])[both], (before[0] / before[1])[both], rtol=1e-3, atol=1e-3)
 
 
 class TestCascade:

@@ -17,6 +17,7 @@ from simulation.atlas import Grid
 from simulation.consortium import emulate
 from simulation.patients import EmulatedPatient
 from simulation.scanners import SCANNERS
+from simulation.stations import SiteFolder, cohort_of, prepare_stations
 
 
 def small_plan(*, data=None, simulation=None, labels=("background", "lesion")):
@@ -304,6 +305,74 @@ class TestFolderIsFilledOnce:
         assert theirs.read_bytes() == b"precious"
 
 
+@pytest.fixture(scope="module")
+def study_of_two(tmp_path_factory):
+    """Of a hospital that takes a second series of every patient."""
+    plan = small_plan(simulation={"scanners": ["siemens-t1gd-3t"], "second_series": "united-pd-3t", "patients": 8})
+    (hospital,) = emulate(plan, n_sites=1, folder=tmp_path_factory.mktemp("two"), seed=100)
+    return hospital.folder / "EMU-100-1-001" / "study-1"
+
+
+class TestSecondSeries:
+    def test_second_series_is_the_same_patient_on_the_same_device(self, study_of_two):
+        """
+        Another sequence and another series of one study: the slices lie where the first one's lie, and show otherwise.
+        """
+        first = slices_of(study_of_two)
+        second = [pydicom.dcmread(path) for path in sorted(study_of_two.glob("second-*.dcm"))]
+
+        assert len(first) == len(second) == 4
+        for one, other in zip(first, second, strict=True):
+            for same in (
+                "PatientID",
+                "StudyInstanceUID",
+                "FrameOfReferenceUID",
+                "ImagePositionPatient",
+                "Manufacturer",
+            ):
+                assert one[same].value == other[same].value
+            assert one.MagneticFieldStrength == other.MagneticFieldStrength
+            assert (one.SeriesDescription, other.SeriesDescription) == ("t1_mprage_tra_gd", "pd_fse_tra")
+            assert np.corrcoef(one.pixel_array.ravel(), other.pixel_array.ravel())[0, 1] < 0.95
+            assert "ContrastBolusAgent" in one
+            assert "ContrastBolusAgent" not in other
+        uids = {ds.SOPInstanceUID for ds in (*first, *second)}
+        assert len(uids) == 8
+        assert len({ds.SeriesInstanceUID for ds in (*first, *second)}) == 2
+
+    def test_first_series_is_what_it_is_without(self, study_of_two, tmp_path):
+        """
+        Byte by byte, with its outline.
+        """
+        plan = small_plan(simulation={"scanners": ["siemens-t1gd-3t"]})
+        (alone,) = emulate(plan, n_sites=1, folder=tmp_path, seed=100)
+        without = files_of(alone.folder / "EMU-100-1-001" / "study-1")
+
+        assert without == {
+            name: digest for name, digest in files_of(study_of_two).items() if not name.startswith("second")
+        }
+
+    def test_channels_of_a_plan_are_found_by_their_descriptions(self, study_of_two, tmp_path):
+        """
+        A plan that names both sequences gets both, in its order, with the outline on them.
+        """
+        plan = small_plan(
+            data={"channels": ["pd", "t1"]},
+            simulation={"scanners": ["siemens-t1gd-3t"], "second_series": "united-pd-3t"},
+        )
+        site = SiteFolder("site-1", study_of_two.parents[1], tmp_path / "station")
+        prepare_stations(plan, [site], seed=0, workers=1, on_site=lambda _: None)
+        cohort = cohort_of(site, plan)
+        (volume, *_) = (
+            cohort.volume(s) for split in ("train", "test") for p in cohort.patients(split) for s in p.studies
+        )
+        inside = volume.label == 1
+
+        assert volume.image.shape[0] == 2
+        assert all(channel[inside].mean() > 1 for channel in volume.image)
+        assert not np.allclose(volume.image[0], volume.image[1], atol=0.5)
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("plan", "says"),
@@ -312,8 +381,9 @@ class TestRefusals:
             (small_plan(simulation={"slices": 46}), "slices = 45 or fewer"),
             (small_plan(labels=("background", "oedema", "core")), "2 structures"),
             (small_plan(data={"modality": "OP"}), 'modality = "MR"'),
+            (small_plan(simulation={"second_series": "united-pd-7t"}), "united-pd-7t"),
         ],
-        ids=["scanner", "slices", "labels", "modality"],
+        ids=["scanner", "slices", "labels", "modality", "second series"],
     )
     def test_what_is_not_emulated_is_refused_before_anything_is_written(self, plan, says, tmp_path):
         """

@@ -214,9 +214,14 @@ class TestExperiments:
 class TestNewScanner:
     def test_ways_differ_in_adaptation_and_labels_alone(self):
         """
-        Nobody has outlined the new scanner's scans but for the arm that shows what that would give.
+        Nobody has outlined the new scanner's scans but for the arm that shows what that would give. Where the sequence is
+        another, a second series is not.
         """
         plans = new_scanner.arms(quick=False)
+
+        assert plans["far, plain"].simulation.second_series is None
+        assert plans["sequence, plain"].simulation.second_series == new_scanner.SECOND_SERIES
+        assert plans["sequence, plain"].data.channels == new_scanner.CHANNELS
 
         for case, new in new_scanner.NEW.items():
             labels = plans[f"{case}, labels"]
@@ -235,8 +240,8 @@ class TestNewScanner:
         dice = {
             "plain": (0.2, 0.4),
             "labels": (0.6, 0.5),
-            "adversary": (0.4, 0.41),
-            "appearance-adversary": (0.4, 0.41),
+            "predictions": (0.4, 0.41),
+            "appearance": (0.4, 0.41),
         }
         results = {
             f"{case}, {way}": [{"scanners": {"unseen_mean": {"dice": v}}} for v in dice.get(way, (0.3, 0.3))]
