@@ -8,6 +8,7 @@ for new scanners whose scans take part, and no published gain is known without t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +46,12 @@ def arms(*, quick: bool) -> dict[str, Plan]:
 def evaluate(results: Results) -> dict[str, Any]:
     """Dice on seen, near and far scanners, leakage, and the claims."""
 
-    def dice(arm: str, column: str) -> list[float]:
-        return [_dice(result, column) for result in results[arm]]
-
-    def leaked(arm: str) -> list[float]:
-        return [(result["scanners"]["leakage"] or {"accuracy": 1.0})["accuracy"] for result in results[arm]]
-
-    drop = [seen - far for seen, far in zip(dice(PLAIN, "seen"), dice(PLAIN, "far"), strict=True)]
-    gain = _less(dice(APPEARANCE, "far"), dice(PLAIN, "far"))
+    plain, appearance, both = (
+        {column: dice(results[arm], column) for column in COLUMNS} for arm in (PLAIN, APPEARANCE, BOTH)
+    )
+    drop, gain = _less(plain["seen"], plain["far"]), _less(appearance["far"], plain["far"])
     return {
-        "rows": [row(arm, "dice", column, dice(arm, column)) for arm in TABLES for column in COLUMNS]
-        + [row(arm, "scanner told by a fresh probe", "seen", leaked(arm)) for arm in TABLES],
+        "rows": rows(results),
         "claims": [
             claim(
                 "drop_removed",
@@ -66,15 +62,29 @@ def evaluate(results: Results) -> dict[str, Any]:
             claim(
                 "seen_cost",
                 "Dice on seen scanners that it costs",
-                _less(dice(PLAIN, "seen"), dice(APPEARANCE, "seen")),
+                _less(plain["seen"], appearance["seen"]),
                 at_most=0.02,
             ),
-            *(
-                harmless(f"adversarial_{column}", column, _less(dice(BOTH, column), dice(APPEARANCE, column)))
-                for column in COLUMNS
-            ),
+            *(harmless(f"adversarial_{column}", column, _less(both[column], appearance[column])) for column in COLUMNS),
         ],
     }
+
+
+def rows(results: Results) -> list[dict[str, Any]]:
+    """Dice of every arm in every column, and how well a fresh probe tells scanners apart."""
+
+    def leaked(arm: str) -> list[float]:
+        return [(result["scanners"]["leakage"] or {"accuracy": 1.0})["accuracy"] for result in results[arm]]
+
+    return [
+        *(row(arm, "dice", column, dice(of_seeds, column)) for arm, of_seeds in results.items() for column in COLUMNS),
+        *(row(arm, "scanner told by a fresh probe", "seen", leaked(arm)) for arm in results),
+    ]
+
+
+def dice(of_seeds: Sequence[dict[str, Any]], column: str) -> list[float]:
+    """Of each seed, the mean over the scanners of a column."""
+    return [_dice(result, column) for result in of_seeds]
 
 
 def harmless(id_: str, column: str, differences: list[float]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from simulation.atlas import Grid
 from simulation.consortium import _assigned, _dealt, _dealt_unseen, emulate, emulate_unseen, emulation_sha256
 from simulation.experiments import new_scanner
 from simulation.experiments.confounded import CONFOUNDED
+from simulation.experiments.private_adaptation import PRIVATE_ADAPTATION
 from simulation.experiments.unseen_scanner import COLUMNS, UNSEEN_SCANNER, harmless
 from simulation.patients import EmulatedPatient
 from simulation.scanners import ALL_SCANNERS, LABORATORY, SCANNERS, acquire, low_frequencies, scanners_sha256
@@ -177,7 +178,7 @@ class TestDealing:
 
 
 class TestExperiments:
-    @pytest.mark.parametrize("experiment", [UNSEEN_SCANNER, CONFOUNDED], ids=lambda e: e.name)
+    @pytest.mark.parametrize("experiment", [UNSEEN_SCANNER, CONFOUNDED, PRIVATE_ADAPTATION], ids=lambda e: e.name)
     @pytest.mark.parametrize("quick", [False, True])
     def test_arms_are_plans_on_few_sets_of_hospitals(self, experiment, quick):
         """
@@ -209,6 +210,41 @@ class TestExperiments:
         assert claims["adversarial_far"]["holds"]
         assert harmless("x", "far", [-0.05, 0.02])["holds"]
         assert not harmless("x", "far", [-0.05, -0.05])["holds"]
+
+
+class TestPrivateAdaptation:
+    def test_privacy_is_all_that_costs(self):
+        """
+        At epsilon 8 the four ways differ in their adaptation alone, and so do those without privacy.
+        """
+        plans = PRIVATE_ADAPTATION.arms(quick=False)
+        private, open_ = plans["plain"], plans["open plain"]
+
+        assert private.privacy is not None
+        assert private.privacy.epsilon == 8.0
+        assert open_.privacy is None
+        assert private.simulation == open_.simulation
+        for name, plan in plans.items():
+            like = open_ if name.startswith("open") else private
+            assert plan.model_copy(update={"adaptation": None}) == like
+
+    def test_gain_that_is_lost_is_formed_seed_by_seed(self):
+        """
+        Randomisation gains 0.2 without privacy and 0.15 at epsilon 8.
+        """
+
+        def result(far: float) -> dict:
+            unseen = {name: {"dice": far} for column in COLUMNS.values() for name in column}
+            return {"scanners": {"seen": {"a": {"dice": 0.7}}, "unseen": unseen, "leakage": None}}
+
+        far = {"plain": 0.4, "appearance": 0.55, "open plain": 0.5, "open appearance": 0.7}
+        results = {arm: [result(far.get(arm, 0.5))] * 2 for arm in PRIVATE_ADAPTATION.arms(quick=True)}
+        found = PRIVATE_ADAPTATION.evaluate(results)
+        claims = {one["id"]: one for one in found["claims"]}
+
+        assert claims["gain_lost"]["values"] == pytest.approx([0.05, 0.05])
+        assert claims["drop_removed"]["values"] == pytest.approx([0.5, 0.5])
+        assert {row["method"] for row in found["rows"]} == set(results)
 
 
 class TestNewScanner:
