@@ -63,6 +63,28 @@ class TestPage:
         assert text.count("data:image/png;base64,") >= 1
         assert text.count("<svg") >= 1
 
+    def test_page_counts_each_kind_of_file_that_is_left_out(self, tmp_path, site):
+        """
+        A slice that is there twice is left out and a duplicate; what cannot be read is left out alone.
+        """
+        source = tmp_path / "images"
+        shutil.copytree(site_data(site), source)
+        slices = sorted(source.rglob("im-*.dcm"))[:2]
+        for one in slices:
+            shutil.copy(one, one.with_name(f"again-{one.name}"))
+        (source / "torn.dcm").write_bytes(bytes(128) + b"DICM" + bytes(40))
+        SiteConfig.load(site.station).model_copy(update={"data": str(source)}).save(site.station)
+        run_check(site, "station")
+        text = (site.station / page.FILE).read_text(encoding="utf-8")
+
+        def tile(what: str) -> int:
+            (number,) = re.findall(rf"<b>(\d+)</b><span>{what}</span>", text)
+            return int(number)
+
+        assert tile("duplicates or disputed") == 2
+        assert tile("files left out") == 3
+        assert tile("image files") == len(list(site_data(site).rglob("im-*.dcm")))
+
     def test_words_of_the_data_are_words_on_the_page(self, tmp_path, site):
         """
         A series description may hold anything; none of it becomes part of the page's code.
