@@ -47,6 +47,12 @@ def run(
     data: Annotated[
         Path | None, typer.Option("--data", help="Real data: one folder of images for each site, or a MedMNIST file.")
     ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--leave-out", help="A folder of --data that trains nothing: the model is tested there. Repeatable."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="in-process, ray or deployment.")] = "in-process",
     workers: Workers = None,
     seed: Seed = 0,
@@ -75,6 +81,7 @@ def run(
         folder=out,
         n_sites=sites,
         data=data,
+        left_out=tuple(leave_out or ()),
         seed=seed,
         execution=Execution(cast("Engine", engine), workers or usable_cpus(), out.absolute() / "deployment"),
         start=start,

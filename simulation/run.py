@@ -46,7 +46,7 @@ from simulation.baselines import (
 )
 from simulation.by_scanner import measure_scanners
 from simulation.calibration import KINDS, calibration_of, snapshots
-from simulation.consortium import emulate, emulate_unseen, named_scanners
+from simulation.consortium import EmulatedHospital, emulate, emulate_unseen, named_scanners
 from simulation.engine import Execution, run_rounds
 from simulation.medmnist import deal
 from simulation.processes import one_thread, process_pool
@@ -82,6 +82,9 @@ class Request:
 
     sites: tuple[str, ...] = ()
     """Folders in ``data`` that take part; empty for all, or for the first ``n_sites``."""
+
+    left_out: tuple[str, ...] = ()
+    """Folders in ``data`` that train nothing: the released model is tested on their test patients."""
 
     seed: int = 0
     execution: Execution = field(default_factory=Execution)
@@ -120,6 +123,18 @@ class Request:
                 else f"--start {self.start} names a model, and the plan begins at fresh weights.",
                 "A plan with start under [strategy] needs the file whose SHA-256 it names, and no other plan takes one.",
                 "--start DIR/model.safetensors with the one, no --start with the other",
+            )
+        if self.left_out and (self.data is None or self.data.is_file()):
+            raise impossible(
+                f"--leave-out {self.left_out[0]} names a folder, and the run has none.",
+                "It is one of the folders of images that --data holds.",
+                "--data FOLDER with a folder for each site; for emulated hospitals, simulation.unseen in the plan",
+            )
+        if self.left_out and self.plan.privacy is not None:
+            raise impossible(
+                f"--leave-out {self.left_out[0]} measures its patients exactly, and the plan is private.",
+                "Under [privacy] what is measured on real patients gets noise, and every look costs them.",
+                "remove [privacy] from the plan, or leave out --leave-out",
             )
         if self.start is not None and not self.start.is_file():
             raise impossible(
@@ -261,6 +276,14 @@ def find_sites(request: Request, watcher: Watcher) -> list[SiteFolder]:
     if request.data is not None:
         data = request.data.resolve()
         folders = sorted(path for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
+        for name in request.left_out:
+            if name not in {path.name for path in folders}:
+                raise impossible(
+                    f"--leave-out names {name}, and {request.data} holds no such folder.",
+                    "A site is left out by the name of its folder.",
+                    f"one of: {', '.join(path.name for path in folders) or 'none'}",
+                )
+        folders = [path for path in folders if path.name not in request.left_out]
         if request.sites:
             folders = [path for path in folders if path.name in request.sites]
         needed = len(request.sites) or request.n_sites or request.plan.strategy.minimum_sites
@@ -286,7 +309,7 @@ def require_minimum(request: Request) -> None:
         )
 
 
-def emulate_for(request: Request, watcher: Watcher) -> list[Any]:
+def emulate_for(request: Request, watcher: Watcher) -> list[EmulatedHospital]:
     """The emulated hospitals of a request, written to ``hospitals``."""
     n_sites = request.n_sites or DEFAULT_SITES
     watcher.stage("emulating hospitals", n_sites * request.plan.simulation.patients)
@@ -317,25 +340,20 @@ def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None
 def is_measured_by_scanner(request: Request) -> bool:
     """Whether the plan is about scanners, and its patients may be measured exactly."""
     plan = request.plan
-    is_about_scanners = plan.adaptation is not None or plan.simulation.unseen is not None
+    is_about_scanners = plan.adaptation is not None or plan.simulation.unseen is not None or bool(request.left_out)
     return is_about_scanners and (request.data is None or plan.privacy is None)
 
 
 def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[SiteFolder]:
-    """The hospitals of ``simulation.unseen``, ready to be measured; none on real images."""
+    """The hospitals that train nothing, ready to be measured: those of ``simulation.unseen``, or what is left out of real
+    images."""
     plan, stations = request.plan, request.shared / "stations"
-    if request.data is not None or not plan.simulation.unseen:
+    if request.data is not None:
+        unseen = [SiteFolder(name, request.data.resolve() / name, stations / name) for name in request.left_out]
+    else:
+        unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in _emulate_unseen(request, sites, watcher)]
+    if not unseen:
         return []
-    watcher.stage("emulating unseen hospitals", len(plan.simulation.unseen) * plan.simulation.patients)
-    hospitals = emulate_unseen(
-        plan,
-        n_sites=len(sites),
-        folder=request.shared / "unseen",
-        seed=request.seed,
-        workers=request.execution.workers,
-        progress=watcher.step,
-    )
-    unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in hospitals]
     watcher.stage("reading unseen images", len(unseen))
     for site in unseen:
         forget_history(site.station)
@@ -347,6 +365,21 @@ def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> 
         on_site=lambda name: watcher.step(detail=name),
     )
     return unseen
+
+
+def _emulate_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[EmulatedHospital]:
+    plan = request.plan
+    if not plan.simulation.unseen:
+        return []
+    watcher.stage("emulating unseen hospitals", len(plan.simulation.unseen) * plan.simulation.patients)
+    return emulate_unseen(
+        plan,
+        n_sites=len(sites),
+        folder=request.shared / "unseen",
+        seed=request.seed,
+        workers=request.execution.workers,
+        progress=watcher.step,
+    )
 
 
 def require_scanners(request: Request, sites: list[SiteFolder]) -> None:
