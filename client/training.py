@@ -383,6 +383,9 @@ class Adversary:
     ratio: float
     """The plan's ``gradient_ratio``."""
 
+    among: tuple[int, ...] = ()
+    """Places of the scanners that the site has; those that it declared, under ``[privacy]``."""
+
     confusion: Confusion | None = None
     """With the discriminator that the server has trained, in plans that ask for moments."""
 
@@ -411,17 +414,18 @@ class Adversary:
         if plan.asks_for_moments:
             if not discriminator or strength == 0:
                 return None
-            return cls({}, strength, has_references, ratio, Confusion(discriminator, plan))
+            return cls({}, strength, has_references, ratio, confusion=Confusion(discriminator, plan))
         table = ScannerTable(plan.adaptation.scanners)
         places = {study: table.place(cohort.scanner(study)) for study in studies}
         if plan.privacy is None:
             told_apart = {place for place in places.values() if place != UNKNOWN}
         else:
-            told_apart = {table.place(name) for name in cohort.declared_scanners or ()}
+            told_apart = {table.place(name) for name in cohort.declared_scanners or ()} - {UNKNOWN}
         if len(told_apart) < 2:
             log.warning("this site has one scanner of the plan's table and trains without a discriminator")
             return None
-        return cls(places, strength, has_references, ratio)
+        known = {study: place for study, place in places.items() if place in told_apart}
+        return cls(known, strength, has_references, ratio, tuple(sorted(told_apart)))
 
     def placed(self, sample: Sample, study: str) -> Sample:
         """The sample with the place of its scanner, where that is asked for."""
@@ -438,6 +442,7 @@ class Adversary:
                 target,
                 has_reference,
                 strength=self.strength,
+                among=self.among,
                 share=share,
             )
 

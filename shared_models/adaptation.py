@@ -240,6 +240,7 @@ class Adapted(nn.Module):
         has_reference: Tensor,
         *,
         strength: float,
+        among: Sequence[int] | None = None,
         share: float = 1.0,
     ) -> None:
         """Let the discriminator learn, and arrange that the next backward pass also moves features against it.
@@ -255,6 +256,9 @@ class Adapted(nn.Module):
             over those that have one; where none has, it is not bounded here.
         strength
             Weight of the reversed gradient; 0 lets the discriminator alone learn.
+        among
+            Places of the scanners that this site has, between which the discriminator decides: what it would unlearn of the
+            others here, other sites have to learn anew (Li and Zhan 2021, doi:10.1145/3447548.3467254). None for all.
         share
             What this batch counts, where it is a part of a whole.
         """
@@ -269,6 +273,10 @@ class Adapted(nn.Module):
         leaves = [feature.detach().to(like.dtype).requires_grad_() for feature in features]
         logits = self.discriminator(self._read(leaves)).reshape(len(label), self._n_labels, self._n_scanners, -1)
         of_label = logits[torch.arange(len(label), device=label.device), label]
+        if among is not None:
+            is_here = torch.zeros(self._n_scanners, dtype=torch.bool, device=label.device)
+            is_here[list(among)] = True
+            of_label = of_label.masked_fill(~is_here[:, None], -torch.inf)
         named = scanner.clamp(min=0)[:, None].expand(-1, of_label.shape[2])
         each = F.cross_entropy(of_label, named, reduction="none").mean(1) * takes_part
         own = list(self.discriminator.parameters())

@@ -15,6 +15,7 @@ from test_training import Cohort, cohort_of, plan_with, start_of, trained
 
 from client.network_contract import check_network
 from client.training import Adversary, Trainer, balance_of
+from shared_models.scanners import ScannerTable
 from shared_models.task import task_for
 from shared_models.tasks import OF_KSPACE
 
@@ -95,6 +96,17 @@ class TestWhoAdapts:
         plan = plan_with(adaptation={**BOTH, "scanners": ["PHILIPS", "CANON"]})
 
         assert Adversary.of(plan, scanned(plan), 1) is None
+
+    def test_discriminator_decides_between_the_scanners_of_its_site(self):
+        """
+        Others of the table, which no study here has, neither rise nor fall in what is sent.
+        """
+        plan = plan_with(adaptation=BOTH)
+        update = trained(plan, scanned(plan)).update
+        bias = update["discriminator.3.bias"]
+        table = ScannerTable(None)
+
+        assert set(np.flatnonzero(bias)) == {table.place(name) for name in SCANNERS}
 
     def test_what_the_stop_has_left_weighs_the_reversal(self):
         """
@@ -187,7 +199,9 @@ class TestPrivately:
         plan = private_plan(adaptation=BOTH)
         one = SCANNERS[:1]
 
-        assert Adversary.of(plan, scanned(plan, scanners=one), 1) is not None
+        found = Adversary.of(plan, scanned(plan, scanners=one), 1)
+        assert found is not None
+        assert len(found.among) == len(SCANNERS)
         assert Adversary.of(plan, scanned(plan, declared_scanners=one), 1) is None
         assert Adversary.of(plan, scanned(plan, declared_scanners=None), 1) is None
 

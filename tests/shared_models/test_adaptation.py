@@ -23,11 +23,14 @@ from shared_models.adaptation import (
 )
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
+from shared_models.scanners import ScannerTable
 from shared_models.task import Task, task_for
 from shared_models.tasks import OF_KSPACE, WITH_NUMBERS
 
 CASES = [case for case in contracts.every_case() if case[0] not in OF_KSPACE]
 """Everything that begins at pictures."""
+
+N_SCANNERS = len(ScannerTable(None))
 
 ADVERSARY = {"adversarial": "scanner", "warm_up": 0.0}
 
@@ -180,6 +183,25 @@ class TestAdversary:
 
         for name, gradient in among_some.items():
             torch.testing.assert_close(among_others[name], gradient, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("asked", [{}, {"reads": "predictions"}, {"conditional": True}], ids=str)
+    def test_scanners_of_other_sites_are_neither_learned_nor_unlearned(self, asked):
+        """
+        Between two scanners of a site the discriminator decides alone: what it says of all others gets no gradient.
+        """
+        plan = plan_with(**asked)
+        task = task_for(plan)
+        network, batch = task.build_network(), contracts.example_batch(task)
+        assert isinstance(network, Adapted)
+        network.train()(batch[0])
+        scanner = torch.tensor([1, 3, 1, 3])
+        network.oppose(scanner, batch[1], torch.ones(4, dtype=torch.bool), strength=1.0, among=(1, 3))
+        last = list(network.discriminator.parameters())[-2:]
+
+        for parameter in last:
+            assert parameter.grad is not None
+            of_scanner = parameter.grad.unflatten(0, (-1, N_SCANNERS)).movedim(1, 0).flatten(1).abs().sum(1)
+            assert {i for i, size in enumerate(of_scanner.tolist()) if size > 0} == {1, 3}
 
     def test_unknown_scanners_are_left_alone(self):
         """
