@@ -1,11 +1,12 @@
 """What privacy costs: one private step against one plain step on the same patients.
 
 ``python -m tests.benchmarks.privacy MODE NETWORK`` prints one JSON line. Both modes, ``plain`` and ``private``, see 4
-patients with 4 slices each of 96 x 96 in a step, through a 2-D U-Net, that of a plan's defaults or a larger one; the
-private mode draws its noise from the system. Patients are in memory, since reading them is neither's work. After a round
-to warm up, CPU seconds are the median of a step, and memory is what the process needs at the peak of a round beyond what
-it held before. For a true peak run it a second time with ``MALLOC_MMAP_THRESHOLD_=65536``, so that freed blocks go back
-at once; that costs time, so the seconds of such a run are not used.
+patients with 4 slices each of 96 x 96 in a step, through a 2-D U-Net, that of a plan's defaults or a larger one, or through
+a cascade that reconstructs them (D5-C5); the private mode draws its noise from the system. Patients are in memory, since
+reading them is neither's work. After a round to warm up, CPU seconds are the median of a step, and memory is what the
+process needs at the peak of a round beyond what it held before. For a true peak run it a second time with
+``MALLOC_MMAP_THRESHOLD_=65536``, so that freed blocks go back at once; that costs time, so the seconds of such a run are
+not used.
 """
 
 from __future__ import annotations
@@ -31,18 +32,27 @@ from shared_models.weights import weights_of
 
 N_PATIENTS, N_SLICES, SIDE, N_STEPS = 4, 4, 96, 12
 
+U_NET = """
+kind = "segmentation"
+labels = ["background", "lesion"]
+network = "unet"
+"""
+
 NETWORKS = {
-    "default": "channels = [16, 32, 64, 128]\nresidual_units = 1",
-    "larger": "channels = [16, 32, 64, 128, 128]\nresidual_units = 2",
+    "default": U_NET + "channels = [16, 32, 64, 128]\nresidual_units = 1",
+    "larger": U_NET + "channels = [16, 32, 64, 128, 128]\nresidual_units = 2",
+    "cascade": """
+kind = "reconstruction"
+network = "cascade"
+channels = [32, 32, 32, 32]
+cascades = 5
+""",
 }
 
 PLAN = f"""
 name = "bench-privacy"
 rounds = 1
 [task]
-kind = "segmentation"
-labels = ["background", "lesion"]
-network = "unet"
 %s
 [data]
 modality = "MR"
@@ -68,9 +78,9 @@ class _Person:
 class _Cohort:
     """Patients in memory, as many steps of them as are measured."""
 
-    def __init__(self, n_patients: int) -> None:
+    def __init__(self, n_patients: int, n_channels: int) -> None:
         rng = np.random.default_rng(0)
-        image = rng.normal(size=(1, N_SLICES, SIDE, SIDE)).astype(np.float32)
+        image = rng.normal(size=(n_channels, N_SLICES, SIDE, SIDE)).astype(np.float32)
         label = np.zeros((N_SLICES, SIDE, SIDE), np.uint8)
         label[:, 30:50, 40:70] = 1
         self._volume = Volume(image, label, np.argwhere(label > 0)[::10].astype(np.int32), (1.0, 1.0, 1.0))
@@ -89,7 +99,8 @@ def main(mode: str, network: str) -> None:
     if mode == "private":
         table = PrivacyTable(noise_multiplier=1.0, patients_per_step=N_PATIENTS, steps_per_round=N_STEPS)
         plan = plan.model_copy(update={"privacy": table})
-    trainer, cohort = Trainer(plan, "cpu"), _Cohort(N_PATIENTS if mode == "private" else N_PATIENTS * N_STEPS)
+    n_patients = N_PATIENTS if mode == "private" else N_PATIENTS * N_STEPS
+    trainer, cohort = Trainer(plan, "cpu"), _Cohort(n_patients, plan.image_channels)
     weights = weights_of(trainer.network)
     stamps: list[float] = []
 
