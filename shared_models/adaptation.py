@@ -273,11 +273,11 @@ class Adapted(nn.Module):
         leaves = [feature.detach().to(like.dtype).requires_grad_() for feature in features]
         logits = self.discriminator(self._read(leaves)).reshape(len(label), self._n_labels, self._n_scanners, -1)
         of_label = logits[torch.arange(len(label), device=label.device), label]
-        if among is not None:
-            is_here = torch.zeros(self._n_scanners, dtype=torch.bool, device=label.device)
-            is_here[list(among)] = True
-            of_label = of_label.masked_fill(~is_here[:, None], -torch.inf)
-        named = scanner.clamp(min=0)[:, None].expand(-1, of_label.shape[2])
+        here = list(range(self._n_scanners) if among is None else among)
+        is_here = torch.zeros(self._n_scanners, dtype=torch.bool, device=label.device)
+        is_here[here] = True
+        of_label = of_label.masked_fill(~is_here[:, None], -torch.inf)
+        named = torch.where(takes_part, scanner, here[0])[:, None].expand(-1, of_label.shape[2])
         each = F.cross_entropy(of_label, named, reduction="none").mean(1) * takes_part
         own = list(self.discriminator.parameters())
         found = torch.autograd.grad(share * each.sum() / len(each), [*leaves, *own])

@@ -187,19 +187,21 @@ class TestAdversary:
     @pytest.mark.parametrize("asked", [{}, {"reads": "predictions"}, {"conditional": True}], ids=str)
     def test_scanners_of_other_sites_are_neither_learned_nor_unlearned(self, asked):
         """
-        Between two scanners of a site the discriminator decides alone: what it says of all others gets no gradient.
+        Between two scanners of a site the discriminator decides alone: what it says of all others gets no gradient, also
+        where a study of the batch names no scanner.
         """
         plan = plan_with(**asked)
         task = task_for(plan)
         network, batch = task.build_network(), contracts.example_batch(task)
         assert isinstance(network, Adapted)
         network.train()(batch[0])
-        scanner = torch.tensor([1, 3, 1, 3])
+        scanner = torch.tensor([1, 3, UNKNOWN, 3])
         network.oppose(scanner, batch[1], torch.ones(4, dtype=torch.bool), strength=1.0, among=(1, 3))
         last = list(network.discriminator.parameters())[-2:]
 
         for parameter in last:
             assert parameter.grad is not None
+            assert parameter.grad.isfinite().all()
             of_scanner = parameter.grad.unflatten(0, (-1, N_SCANNERS)).movedim(1, 0).flatten(1).abs().sum(1)
             assert {i for i, size in enumerate(of_scanner.tolist()) if size > 0} == {1, 3}
 
