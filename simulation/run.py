@@ -323,9 +323,9 @@ def emulate_for(request: Request, watcher: Watcher) -> list[EmulatedHospital]:
     )
 
 
-def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher) -> None:
+def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher, stage: str = "reading images") -> None:
     """Stations ready, with nothing answered before."""
-    watcher.stage("reading images", len(sites))
+    watcher.stage(stage, len(sites))
     for site in sites:
         forget_history(site.station)
     prepare_stations(
@@ -347,23 +347,13 @@ def is_measured_by_scanner(request: Request) -> bool:
 def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> list[SiteFolder]:
     """The hospitals that train nothing, ready to be measured: those of ``simulation.unseen``, or what is left out of real
     images."""
-    plan, stations = request.plan, request.shared / "stations"
+    stations = request.shared / "stations"
     if request.data is not None:
         unseen = [SiteFolder(name, request.data.resolve() / name, stations / name) for name in request.left_out]
     else:
         unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in _emulate_unseen(request, sites, watcher)]
-    if not unseen:
-        return []
-    watcher.stage("reading unseen images", len(unseen))
-    for site in unseen:
-        forget_history(site.station)
-    prepare_stations(
-        plan,
-        unseen,
-        seed=request.seed,
-        workers=request.execution.workers,
-        on_site=lambda name: watcher.step(detail=name),
-    )
+    if unseen:
+        prepare(request, unseen, watcher, "reading unseen images")
     return unseen
 
 
