@@ -174,15 +174,7 @@ class Station:
             begins at a model of which the ledger knows nothing, C111 if it tells scanners apart under ``[privacy]`` and
             none are declared.
         """
-        catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
-        cohort = Cohort.build(
-            self._cohort_folder(plan),
-            catalogue,
-            plan,
-            secret=self._secret,
-            excluded=self._left_out(),
-            on_progress=on_progress,
-        )
+        cohort = self.prepare(plan, on_progress)
         n_patients = len(cohort.patients("train"))
         if plan.is_adversarial and plan.privacy is not None and not self._declared_scanners(cohort):
             raise _undeclared_scanners(plan)
@@ -201,6 +193,24 @@ class Station:
         said = {"start_is_foreign": True} if start_is_foreign else {}
         self._decided(plan.sha256, "approved", code=self._code, **said)
         return cohort
+
+    def prepare(self, plan: Plan, on_progress: OnProgress | None = None) -> Cohort:
+        """Catalogue the data and prepare a plan's cohort, which decides nothing: no plan may train for it.
+
+        Raises
+        ------
+        FederadError
+            C140 to C143 if the data folder, the cohort or the cache cannot be used.
+        """
+        catalogue = Catalogue.build(self.folder / CATALOGUE, Path(self.config.data), secret=self._secret)
+        return Cohort.build(
+            self._cohort_folder(plan),
+            catalogue,
+            plan,
+            secret=self._secret,
+            excluded=self._left_out(),
+            on_progress=on_progress,
+        )
 
     def refuse(self, plan: Plan) -> None:
         """Let ``plan`` train here no more, and tell the operator; what was prepared for it is kept."""

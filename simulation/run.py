@@ -323,9 +323,9 @@ def emulate_for(request: Request, watcher: Watcher) -> list[EmulatedHospital]:
     )
 
 
-def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher, stage: str = "reading images") -> None:
-    """Stations ready, with nothing answered before."""
-    watcher.stage(stage, len(sites))
+def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher, *, train: bool = True) -> None:
+    """Stations ready to train or to be measured alone, with nothing answered before."""
+    watcher.stage("reading images" if train else "reading unseen images", len(sites))
     for site in sites:
         forget_history(site.station)
     prepare_stations(
@@ -334,6 +334,7 @@ def prepare(request: Request, sites: list[SiteFolder], watcher: Watcher, stage: 
         seed=request.seed,
         workers=request.execution.workers,
         on_site=lambda name: watcher.step(detail=name),
+        train=train,
     )
 
 
@@ -353,7 +354,7 @@ def find_unseen(request: Request, sites: list[SiteFolder], watcher: Watcher) -> 
     else:
         unseen = [SiteFolder(h.name, h.folder, stations / h.name) for h in _emulate_unseen(request, sites, watcher)]
     if unseen:
-        prepare(request, unseen, watcher, "reading unseen images")
+        prepare(request, unseen, watcher, train=False)
     return unseen
 
 

@@ -31,9 +31,11 @@ class SiteFolder:
 
 
 def prepare_stations(
-    plan: Plan, sites: list[SiteFolder], *, seed: int, workers: int, on_site: Callable[[str], None]
+    plan: Plan, sites: list[SiteFolder], *, seed: int, workers: int, on_site: Callable[[str], None], train: bool = True
 ) -> None:
     """Make every site's station and let it approve the plan, sites in parallel; ``on_site`` is told each that is ready.
+
+    Sites that are measured alone (``train`` is False) prepare their images and approve nothing.
 
     Raises
     ------
@@ -42,20 +44,23 @@ def prepare_stations(
     """
     if workers == 1:
         for site in sites:
-            on_site(_prepare(plan, site, seed))
+            on_site(_prepare(plan, site, seed, train))
         return
     with process_pool(min(workers, len(sites))) as pool:
-        futures = [pool.submit(_prepare, plan, site, seed) for site in sites]
+        futures = [pool.submit(_prepare, plan, site, seed, train) for site in sites]
         for future in as_completed(futures):
             on_site(future.result())
 
 
-def _prepare(plan: Plan, site: SiteFolder, seed: int) -> str:
+def _prepare(plan: Plan, site: SiteFolder, seed: int, train: bool) -> str:
     secret = b"".join(derive(seed, site.name, "secret", part).to_bytes(8, "big") for part in range(4))
     config = SiteConfig(name=site.name, data=str(site.data), emulated=True)
     station = Station.create(site.station, config, secret=secret)
     try:
-        station.approve(plan)
+        if train:
+            station.approve(plan)
+        else:
+            station.prepare(plan)
     except FederadError as error:
         raise FederadError(
             error.code, happened=f"{site.name}: {error.happened}", because=error.because, remedies=error.remedies

@@ -45,8 +45,15 @@ class Experiment:
     data: str | None = None
     """What is given with ``--data``, in words, for an experiment on real images; None emulates hospitals."""
 
+    deal: Callable[[Path, Path, int], Path] | None = None
+    """``deal(data, folder, seed)`` writes the data below ``folder`` as one folder for each site, and says where; None takes
+    it as it is."""
+
     sites: tuple[str, ...] = ()
     """Folders of the data that take part; empty for the first ``n_sites``."""
+
+    left_out: Callable[[str], tuple[str, ...]] = lambda arm: ()
+    """Folders of the data that train nothing in an arm, where its model is tested."""
 
     compares: bool = True
     """Whether each run is compared with a central and with local models."""
@@ -141,10 +148,9 @@ def run_experiment(
     seeds = experiment.seeds[:1] if quick else experiment.seeds
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for seed in seeds:
-        requests = {
-            arm: _request(experiment, plan, folder / f"seed-{seed}", arm, seed, workers, data)
-            for arm, plan in arms.items()
-        }
+        of_seed = folder / f"seed-{seed}"
+        dealt = experiment.deal(data, of_seed / "dealt", seed) if experiment.deal and data else data
+        requests = {arm: _request(experiment, plan, of_seed, arm, seed, workers, dealt) for arm, plan in arms.items()}
         for arm in arms:
             if experiment.configure is not None:
                 configured = experiment.configure(arm, requests[arm], watcher)
@@ -171,13 +177,15 @@ def run_experiment(
 def _request(
     experiment: Experiment, plan: Plan, folder: Path, arm: str, seed: int, workers: int, data: Path | None
 ) -> Request:
+    left_out = experiment.left_out(arm)
     hospitals = "data" if data else emulation_sha256(plan, n_sites=experiment.n_sites, seed=seed)[:12]
     return Request(
         plan,
         folder / arm,
-        experiment.n_sites,
+        experiment.n_sites - len(left_out),
         data,
         sites=experiment.sites,
+        left_out=left_out,
         seed=seed,
         execution=Execution(workers=workers),
         sites_folder=folder / f"sites-{hospitals}",

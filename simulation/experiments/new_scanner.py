@@ -5,6 +5,9 @@ labels would have given is measured by the same hospitals with them (Kamnitsas e
 Two new scanners: a far one, at low field, blurred and noisy; and one with another sequence. As in that paper, one series is
 of the same sequence everywhere (proton density here) and the other is not: T2, in which lesions are bright, and on the new
 scanner a gradient echo weighted by T2*, in which they are dark. No change of contrast that keeps its order covers that.
+
+A third case is reconstruction, where k-space is its own reference: the far scanner takes part or it does not.
+Discriminators read pictures, and a network that makes them from k-space has none inside: appearance is all there is there.
 """
 
 from __future__ import annotations
@@ -18,10 +21,16 @@ import simulation
 from shared_models.plan import AdaptationTable, Plan
 from simulation.experiments.harness import Experiment, Results, claim, row
 
-NEW = {"far": "agfa-t2-0.2t", "sequence": "siemens-t2star-1.5t"}
+FAR, SEQUENCE, RECONSTRUCTION = "far", "sequence", "reconstruction"
+
+NEW = {FAR: "agfa-t2-0.2t", SEQUENCE: "siemens-t2star-1.5t", RECONSTRUCTION: "agfa-t2-0.2t"}
 """The new scanner of each case."""
 
-OLD = {"far": ("siemens-t1gd-3t", "philips-flair-3t"), "sequence": ("philips-t2-3t", "ge-t2-1.5t")}
+OLD = {
+    FAR: ("siemens-t1gd-3t", "philips-flair-3t"),
+    SEQUENCE: ("philips-t2-3t", "ge-t2-1.5t"),
+    RECONSTRUCTION: ("siemens-t1gd-3t", "philips-flair-3t"),
+}
 
 SECOND_SERIES, CHANNELS = "united-pd-3t", ("pd", "t2")
 """What every study shows as well where sequences differ, and how its two series are found by their descriptions."""
@@ -38,7 +47,7 @@ OF_PREDICTIONS = {
     "warm_up": 0.0,
 }
 
-ROUNDS = {"far": 60, "sequence": 90}
+ROUNDS = {FAR: 60, SEQUENCE: 90, RECONSTRUCTION: 15}
 """Of each case: what nobody has outlined is learned more slowly."""
 
 TABLES: dict[str, dict[str, Any] | None] = {
@@ -52,45 +61,65 @@ TABLES: dict[str, dict[str, Any] | None] = {
 }
 """``[adaptation]`` of each way."""
 
+WAYS = {FAR: tuple(TABLES), SEQUENCE: tuple(TABLES), RECONSTRUCTION: (PLAIN, APPEARANCE, LABELS)}
+
+METRICS = {FAR: "dice", SEQUENCE: "dice", RECONSTRUCTION: "psnr"}
+
 PATIENTS = "patients of the new scanner"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
-    """Every way with either new scanner; ``quick`` takes half of the rounds."""
-    base = Plan.load(Path(simulation.__path__[0]) / "plans" / "unseen-scanner.toml")
-    plans = {case: base.model_copy(update={"name": "new-scanner", "rounds": n}) for case, n in ROUNDS.items()}
+    """Every way with each new scanner; ``quick`` takes half of the rounds."""
+    plans = {case: base_of(case) for case in NEW}
     if quick:
         plans = {case: plan.model_copy(update={"rounds": plan.rounds // 2}) for case, plan in plans.items()}
-    return {f"{case}, {way}": _plan(plans[case], case, way) for case in NEW for way in TABLES}
+    return {f"{case}, {way}": _plan(plans[case], case, way) for case, ways in WAYS.items() for way in ways}
+
+
+def base_of(case: str) -> Plan:
+    """A small plan for the task of a case."""
+    name = "reconstruction" if case == RECONSTRUCTION else "unseen-scanner"
+    plan = Plan.load(Path(simulation.__path__[0]) / "plans" / f"{name}.toml")
+    plan = plan.model_copy(update={"name": "new-scanner", "rounds": ROUNDS[case]})
+    if case != RECONSTRUCTION:
+        return plan
+    task = plan.task.model_copy(update={"channels": (16,) * 4, "cascades": 3})
+    few = plan.simulation.model_copy(update={"patients": 16, "slices": 1})
+    return plan.model_copy(update={"task": task, "simulation": few})
 
 
 def _plan(base: Plan, case: str, way: str) -> Plan:
     new, table = NEW[case], TABLES[way]
+    takes_part = case != RECONSTRUCTION or way == LABELS
     hospitals = base.simulation.model_copy(
         update={
-            "scanners": tuple(f"{old}+{new}" for old in OLD[case]),
-            "unlabelled": None if way == LABELS else (new,),
+            "scanners": tuple(f"{old}+{new}" if takes_part else old for old in OLD[case]),
+            "unlabelled": None if way == LABELS or case == RECONSTRUCTION else (new,),
             "unseen": (new, new),
-            "second_series": SECOND_SERIES if case == "sequence" else None,
+            "second_series": SECOND_SERIES if case == SEQUENCE else None,
         }
     )
-    data = base.data.model_copy(update={"channels": CHANNELS}) if case == "sequence" else base.data
+    data = base.data.model_copy(update={"channels": CHANNELS}) if case == SEQUENCE else base.data
     adaptation = AdaptationTable(**table) if table else None
     return base.model_copy(update={"data": data, "simulation": hospitals, "adaptation": adaptation})
 
 
 def evaluate(results: Results) -> dict[str, Any]:
-    """Dice of every way on other patients of the new scanner, and the share of the gap to its labels that comes back."""
+    """Every way on other patients of the new scanner, and the share of the gap to its labels that comes back."""
 
-    def dice(case: str, way: str) -> list[float]:
-        return [float(result["scanners"]["unseen_mean"]["dice"]) for result in results[f"{case}, {way}"]]
+    def measured(case: str, way: str) -> list[float]:
+        return [float(result["scanners"]["unseen_mean"][METRICS[case]]) for result in results[f"{case}, {way}"]]
 
     def recovered(case: str, way: str) -> list[float]:
-        plain, labels = np.array(dice(case, PLAIN)), np.array(dice(case, LABELS))
-        return [float(share) for share in (np.array(dice(case, way)) - plain) / (labels - plain)]
+        plain, labels = np.array(measured(case, PLAIN)), np.array(measured(case, LABELS))
+        return [float(share) for share in (np.array(measured(case, way)) - plain) / (labels - plain)]
 
     return {
-        "rows": [row(f"{case}, {way}", "dice", PATIENTS, dice(case, way)) for case in NEW for way in TABLES],
+        "rows": [
+            row(f"{case}, {way}", METRICS[case], PATIENTS, measured(case, way))
+            for case, ways in WAYS.items()
+            for way in ways
+        ],
         "claims": [
             claim(
                 f"{case}_gap_recovered",
@@ -98,7 +127,7 @@ def evaluate(results: Results) -> dict[str, Any]:
                 recovered(case, way),
                 at_least=expected,
             )
-            for case, way, expected in (("far", APPEARANCE, 0.4), ("sequence", PREDICTIONS, 0.3))
+            for case, way, expected in ((FAR, APPEARANCE, 0.4), (SEQUENCE, PREDICTIONS, 0.3))
         ],
     }
 
@@ -112,4 +141,4 @@ NEW_SCANNER = Experiment(
     evaluate=evaluate,
     compares=False,
 )
-"""Dice on other patients of the new scanner."""
+"""What a model is worth on other patients of the new scanner."""

@@ -259,7 +259,8 @@ class TestNewScanner:
         assert plans["sequence, plain"].simulation.second_series == new_scanner.SECOND_SERIES
         assert plans["sequence, plain"].data.channels == new_scanner.CHANNELS
 
-        for case, new in new_scanner.NEW.items():
+        for case in ("far", "sequence"):
+            new = new_scanner.NEW[case]
             labels = plans[f"{case}, labels"]
             plain = plans[f"{case}, plain"].simulation
             assert labels.simulation == plain.model_copy(update={"unlabelled": None})
@@ -268,6 +269,20 @@ class TestNewScanner:
                 plan = plans[f"{case}, {way}"]
                 assert (plan.adaptation is None) == (table is None)
                 assert plan.model_copy(update={"adaptation": None, "simulation": plain}) == plans[f"{case}, plain"]
+
+    def test_where_k_space_is_its_own_reference_the_new_scanner_takes_part_or_not(self):
+        """
+        Its patients elsewhere are the same ones for every way, which are told apart by appearance and by who trains.
+        """
+        plans = new_scanner.arms(quick=False)
+        plain, appearance, labels = (plans[f"reconstruction, {way}"] for way in ("plain", "appearance", "labels"))
+        new = new_scanner.NEW["reconstruction"]
+
+        assert appearance.model_copy(update={"adaptation": None}) == plain
+        assert all(new not in scanner for scanner in plain.simulation.scanners)
+        assert labels.simulation.scanners == tuple(f"{old}+{new}" for old in plain.simulation.scanners)
+        assert labels.simulation.unlabelled is None
+        assert plain.model_copy(update={"simulation": labels.simulation}) == labels
 
     def test_share_of_the_gap_is_formed_seed_by_seed(self):
         """
@@ -280,9 +295,9 @@ class TestNewScanner:
             "appearance": (0.4, 0.41),
         }
         results = {
-            f"{case}, {way}": [{"scanners": {"unseen_mean": {"dice": v}}} for v in dice.get(way, (0.3, 0.3))]
-            for case in new_scanner.NEW
-            for way in new_scanner.TABLES
+            f"{case}, {way}": [{"scanners": {"unseen_mean": {metric: v}}} for v in dice.get(way, (0.3, 0.3))]
+            for case, metric in new_scanner.METRICS.items()
+            for way in new_scanner.WAYS[case]
         }
         claims = {one["id"]: one["values"] for one in new_scanner.evaluate(results)["claims"]}
 
