@@ -210,7 +210,7 @@ class Adapted(nn.Module):
             self._read = partial(_probabilities, n_labels=len(plan.task.labels))
             self.discriminator = _of_predictions(plan, self._n_scanners)
             return
-        self._taps, n_features = find_taps(network, torch.zeros(1, len(plan.data.channels), *plan.data.patch))
+        self._taps, n_features = find_taps(network, torch.zeros(1, plan.network_channels, *plan.data.patch))
         self.discriminator = nn.Sequential(
             nn.LayerNorm(n_features, elementwise_affine=False),
             nn.Linear(n_features, HIDDEN),

@@ -870,17 +870,6 @@ class Plan(_Table):
         return self
 
     @model_validator(mode="after")
-    def _discriminator_of_pictures(self) -> Self:
-        if self.is_adversarial and self.task.kind in OF_KSPACE:
-            raise _ContradictionError(
-                "adaptation.adversarial",
-                f'adversarial with kind = "{self.task.kind}"',
-                "A discriminator reads what is made of pictures, and this task begins at k-space.",
-                "remove adversarial from [adaptation]; appearance = true varies what is measured",
-            )
-        return self
-
-    @model_validator(mode="after")
     def _predictions_of_outlines(self) -> Self:
         if self.task.kind != "segmentation" and self.adaptation is not None and self.adaptation.reads is not None:
             raise _ContradictionError(
@@ -893,11 +882,11 @@ class Plan(_Table):
 
     @model_validator(mode="after")
     def _conditional_of_labels(self) -> Self:
-        if self.task.kind in WITH_NUMBERS and self.adaptation is not None and self.adaptation.conditional:
+        if self.adaptation is not None and self.adaptation.conditional and self.task.kind in WITH_NUMBERS | OF_KSPACE:
             raise _ContradictionError(
                 "adaptation.conditional",
                 f'conditional with kind = "{self.task.kind}"',
-                "A discriminator for each label needs labels, and this task learns numbers.",
+                "A discriminator for each label needs labels of images or of what they show, and this task has none.",
                 "remove conditional from [adaptation]",
             )
         return self
@@ -970,8 +959,9 @@ class Plan(_Table):
         """Whether studies without a reference take part in training: they show a discriminator their scanner.
 
         Not under ``[privacy]``: there the bound on a patient's reversed gradient is the task's gradient of that patient.
+        k-space is its own reference.
         """
-        return self.is_adversarial and self.privacy is None
+        return self.is_adversarial and self.privacy is None and self.task.kind not in OF_KSPACE
 
     @model_validator(mode="after")
     def _axes_agree(self) -> Self:
@@ -1247,6 +1237,11 @@ class Plan(_Table):
     def image_channels(self) -> int:
         """Channels of a prepared image: one for each name, or two (real, imaginary) for each coil of k-space."""
         return 2 * self.data.coils if self.task.kind in OF_KSPACE else len(self.data.channels)
+
+    @property
+    def network_channels(self) -> int:
+        """Channels of what a network is given: those of an image, and beside k-space the mask of what was measured."""
+        return self.image_channels + (self.task.kind in OF_KSPACE)
 
     @property
     def sha256(self) -> str:

@@ -27,7 +27,7 @@ from monai.metrics.regression import KernelType, compute_ssim_and_cs
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shared_models import stability
+from shared_models import networks, stability
 from shared_models.mri import (
     fourier,
     inverse_fourier,
@@ -37,9 +37,7 @@ from shared_models.mri import (
     to_channels,
     to_complex,
 )
-from shared_models.networks import NETWORKS
 from shared_models.plan import Plan
-from shared_models.registry import look_up
 from shared_models.seeds import generator
 from shared_models.task import Picture, Sample, Task
 from shared_models.volume import Volume, crop
@@ -89,8 +87,7 @@ class Reconstruction(Task):
 
     def build_network(self) -> nn.Module:
         """The network that the plan names."""
-        network: nn.Module = look_up(NETWORKS, self.plan.task.network)(self.plan)
-        return network
+        return networks.build(self.plan)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> Sample:
         """Measured k-space and mask ``(2 coil + 1, y, x)`` of one slice, and its coil images ``(2 coil, y, x)``.

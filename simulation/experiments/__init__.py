@@ -4,6 +4,7 @@ from simulation.experiments.classification import CLASSIFICATION
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
 from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
+from simulation.experiments.new_scanner import NEW_SCANNER
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
 from simulation.experiments.reconstruction import RECONSTRUCTION
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
@@ -25,6 +26,7 @@ EXPERIMENTS = {
         RECONSTRUCTION_REAL,
         SELF_CONFIGURATION,
         UNSEEN_SCANNER,
+        NEW_SCANNER,
         COLLAPSE,
         WEAK_LABELS,
         STRATEGIES_EXPERIMENT,

@@ -6,8 +6,8 @@ Two new scanners: a far one, at low field, blurred and noisy; and one with anoth
 of the same sequence everywhere (proton density here) and the other is not: T2, in which lesions are bright, and on the new
 scanner a gradient echo weighted by T2*, in which they are dark. No change of contrast that keeps its order covers that.
 
-A third case is reconstruction, where k-space is its own reference: the far scanner takes part or it does not.
-Discriminators read pictures, and a network that makes them from k-space has none inside: appearance is all there is there.
+A third case is reconstruction, where k-space is its own reference: no scan is without one that only an adversary could
+use. There the far scanner takes part or it does not, and appearance is what may replace it.
 """
 
 from __future__ import annotations

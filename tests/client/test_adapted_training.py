@@ -17,10 +17,8 @@ from client.network_contract import check_network
 from client.training import Adversary, Trainer, balance_of
 from shared_models.scanners import ScannerTable
 from shared_models.task import task_for
-from shared_models.tasks import OF_KSPACE
 
-CASES = [case for case in contracts.every_case() if case[0] not in OF_KSPACE]
-"""Everything that begins at pictures."""
+CASES = contracts.every_case()
 
 BOTH = {"appearance": True, "adversarial": "scanner", "warm_up": 0.0}
 SCANNERS = ("SIEMENS Aurora 1.5 T", "GE Vesper 3 T")

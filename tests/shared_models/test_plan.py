@@ -1054,7 +1054,12 @@ class TestReconstruction:
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 16.0]], "below 0.0625"),
         ("_centre_is_measured", ("task", "site_acceleration"), [["a", 4.0], ["a", 5.0]], "once"),
         ("_coils_fit_network", ("task", "network"), "varnet", "number of coils"),
-        ("_discriminator_of_pictures", ("adaptation",), {"adversarial": "scanner"}, "remove adversarial"),
+        (
+            "_conditional_of_labels",
+            ("adaptation",),
+            {"adversarial": "scanner", "conditional": True},
+            "remove conditional",
+        ),
     )
 
     @pytest.mark.parametrize(("check", "key", "value", "named"), CASES)

@@ -24,6 +24,7 @@ from simulation.stations import SiteFolder, cohort_of, prepare_stations
 
 PAIR = "siemens-t1gd-3t+ge-t2-1.5t"
 ADVERSARY = {"adversarial": "scanner", "warm_up": 0.0}
+SPLIT = {"train": 0.5, "validation": 0.0, "test": 0.5}
 PRIVACY = {"noise_multiplier": 1.0, "patients_per_step": 2, "steps_per_round": 1}
 
 
@@ -98,6 +99,36 @@ class TestUnlabelled:
         assert list(found["seen"]) == ["SIEMENS MAGNETOM Aldera 3 T"]
         assert found["seen_mean"]["dice"] >= 0
         assert (found["unseen"], found["leakage"]) == ({}, None)
+
+
+class TestKspace:
+    def test_discriminator_learns_from_two_scanners_and_none_is_without_reference(self, tmp_path):
+        """
+        Headers of k-space name scanners as those of images do; network and discriminator both move, and test patients of
+        both scanners are measured.
+        """
+        plan = Plan.from_tables(
+            {
+                "name": "kspace",
+                "rounds": 1,
+                "task": {"kind": "reconstruction", "network": "cascade", "channels": [4, 4], "cascades": 1},
+                "data": {"modality": "MR", "dimensions": 2, "patch": [32, 32], "split": SPLIT},
+                "strategy": {"minimum_sites": 1, "release": "last"},
+                "simulation": {"patients": 12, "slices": 1, "scanners": [PAIR], "unlabelled": ["ge-t2-1.5t"]},
+                "adaptation": ADVERSARY | {"appearance": True},
+            }
+        )
+        (hospital,) = emulate(plan, n_sites=1, folder=tmp_path / "hospitals", seed=0)
+        site = prepared(plan, SiteFolder("site-1", hospital.folder, tmp_path / "stations" / "site-1"))
+        cohort = cohort_of(site, plan)
+        weights = initial_weights(task_for(plan).build_network, 0)
+        update = Trainer(plan, "cpu").train(weights, cohort, seed=0, site="site-1", round_=1).update
+
+        assert len(cohort.scanners) == 2
+        assert not any(cohort.is_unlabelled(study) for p in cohort.patients("train") for study in p.studies)
+        for part in ("network", "discriminator"):
+            assert any(np.abs(array).max() > 0 for name, array in update.items() if name.startswith(part))
+        assert set(measure_scanners(plan, weights, [site], [])["seen"]) == set(cohort.scanners)
 
 
 class TestProbes:
