@@ -354,7 +354,10 @@ def show_result(result: dict[str, Any], out: Path) -> None:
         cells = [row["per_site"].get(site) for site in sites] + [row["mean"]]
         table.add_row(row["method"], *map(_shown, cells))
     console = Console()
-    console.print(table)
+    if rows:
+        console.print(table)
+    else:
+        console.print("No test patient was measured: metrics_every under [privacy] asks for that.", markup=False)
     console.print(f"weights {result['weights_sha256'][:16]}  {result['seconds']:.0f} s  {out / 'report.html'}")
 
 

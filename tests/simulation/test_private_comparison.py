@@ -12,6 +12,7 @@ from privately import private
 from shared_models.weights import initial_weights
 from simulation import run
 from simulation.baselines import Steps
+from simulation.cli import show_result
 from simulation.engine import Execution
 from simulation.run import Request, Watcher, simulate
 from simulation.stations import SiteFolder, cohort_of, open_station, prepare_stations
@@ -119,3 +120,17 @@ class TestRun:
         monkeypatch.setattr(run, "is_emulated", lambda data: False)
         assert not run.can_compare(plan, sites, outcome)
         assert run.can_compare(plan.model_copy(update={"privacy": None}), sites, outcome)
+
+
+def test_terminal_says_so_where_nobody_was_measured(result, capsys):
+    """
+    A private run without a comparison and without noised figures ends with a sentence, not with an empty table.
+    """
+    found, folder = result
+    show_result({**found, "comparison": None, "test": None}, folder)
+    alone = capsys.readouterr().out
+    show_result(found, folder)
+
+    assert "metrics_every under [privacy]" in alone
+    assert "federated" not in alone
+    assert "federated" in capsys.readouterr().out
