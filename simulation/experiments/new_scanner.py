@@ -65,7 +65,8 @@ WAYS = {FAR: tuple(TABLES), SEQUENCE: tuple(TABLES), RECONSTRUCTION: (PLAIN, APP
 
 METRICS = {FAR: "dice", SEQUENCE: "dice", RECONSTRUCTION: "psnr"}
 
-PATIENTS = "patients of the new scanner"
+SPLITS = {FAR: "far scanner", SEQUENCE: "other sequence", RECONSTRUCTION: "far scanner's k-space"}
+"""Whose other patients are measured."""
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
@@ -116,14 +117,14 @@ def evaluate(results: Results) -> dict[str, Any]:
 
     return {
         "rows": [
-            row(f"{case}, {way}", METRICS[case], PATIENTS, measured(case, way))
+            row(way, METRICS[case], SPLITS[case], measured(case, way))
             for case, ways in WAYS.items()
             for way in ways
         ],
         "claims": [
             claim(
                 f"{case}_gap_recovered",
-                f"share of the gap to the {case} scanner's labels that {way} gives back",
+                f"share of the gap to its labels that comes back by {way}, {SPLITS[case]}",
                 recovered(case, way),
                 at_least=expected,
             )
