@@ -1,5 +1,6 @@
 """Every experiment by the name that ``federad-sim experiment`` takes."""
 
+from simulation.experiments.chest_radiographs import CHEST_RADIOGRAPHS
 from simulation.experiments.classification import CLASSIFICATION
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
 from simulation.experiments.collapse import COLLAPSE
@@ -22,6 +23,7 @@ EXPERIMENTS = {
         PRIVACY_UTILITY,
         CLASSIFICATION,
         CLASSIFICATION_REAL,
+        CHEST_RADIOGRAPHS,
         RECONSTRUCTION,
         RECONSTRUCTION_REAL,
         SELF_CONFIGURATION,
