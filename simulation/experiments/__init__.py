@@ -7,6 +7,7 @@ from simulation.experiments.collapse import COLLAPSE
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.new_scanner import NEW_SCANNER
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
+from simulation.experiments.private_adaptation import PRIVATE_ADAPTATION
 from simulation.experiments.reconstruction import RECONSTRUCTION
 from simulation.experiments.reconstruction_real import RECONSTRUCTION_REAL
 from simulation.experiments.self_configuration import SELF_CONFIGURATION
@@ -29,6 +30,7 @@ EXPERIMENTS = {
         SELF_CONFIGURATION,
         UNSEEN_SCANNER,
         NEW_SCANNER,
+        PRIVATE_ADAPTATION,
         COLLAPSE,
         WEAK_LABELS,
         STRATEGIES_EXPERIMENT,
