@@ -2,14 +2,14 @@
 
 A NIfTI folder is ``<subject>/{flair,t1c,label,...}.nii.gz``; a photograph folder has ``images/``, ``masks/`` and perhaps
 ``fov/``, or ``images/<label>/`` for labels of whole photographs, and an ``index.csv`` beside or above them that says which
-photographs are of one person. DICOM is in ``dicom``.
+photographs are of one person, and from which scanner. DICOM is in ``dicom``.
 """
 
 from __future__ import annotations
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -37,16 +37,23 @@ _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 
 @dataclass(frozen=True)
 class Index:
-    """Who a photograph or a k-space is of, and its published split, by its id: the file's name without its ending."""
+    """What a table says of photographs and k-space that they do not say themselves, by id: the name without its ending."""
 
     subjects: dict[str, str]
+    """Whom each is of."""
+
     splits: dict[str, Split]
+    """As published."""
+
+    scanners: dict[str, str] = field(default_factory=dict)
+    """Maker and model of what each was made with, such as "NIDEK NM-200-D"."""
 
     @classmethod
     def of(cls, source: Path) -> Index:
-        """Read ``index.csv`` (columns site, id or file, subject, split) in ``source`` or its parent; empty without it.
+        """Read ``index.csv`` in ``source`` or its parent; empty without it.
 
-        Rows of another site, that is another folder name, are left aside.
+        Columns are site, id or file, subject, split and scanner. Rows of another site, that is another folder name, are
+        left aside.
         """
         for path in (source / "index.csv", source.parent / "index.csv"):
             if path.is_file():
@@ -61,9 +68,16 @@ class Index:
         except (OSError, UnicodeDecodeError, csv.Error):
             rows = []
         ids = [row.get("id") or PurePosixPath(row.get("file") or "").stem for row in rows]
-        subjects = {id_: row["subject"] for id_, row in zip(ids, rows, strict=True) if id_ and row.get("subject")}
-        splits = {id_: published_split(row.get("split") or "") for id_, row in zip(ids, rows, strict=True) if id_}
-        return cls(subjects, {name: split for name, split in splits.items() if split is not None})
+
+        def column(name: str) -> dict[str, str]:
+            return {id_: row[name] for id_, row in zip(ids, rows, strict=True) if id_ and row.get(name)}
+
+        splits = {id_: published_split(said) for id_, said in column("split").items()}
+        return cls(
+            column("subject"),
+            {id_: split for id_, split in splits.items() if split is not None},
+            {id_: " ".join(scanner.split()) for id_, scanner in column("scanner").items() if scanner.strip()},
+        )
 
 
 def inspect_nifti(path: Path, relative: PurePosixPath, secret: bytes) -> Facts:
@@ -141,6 +155,7 @@ def inspect_picture(path: Path, relative: PurePosixPath, secret: bytes, index: I
             name=name,
             kind=Kind.PICTURE,
             role=Role.IMAGE if is_image else Role.LABEL,
+            scanner=index.scanners.get(relative.stem) if is_image else None,
             split=index.splits.get(relative.stem),
         )
         for name in names

@@ -13,7 +13,8 @@ HDF5 with ``dataset/data``    ISMRMRD (Inati et al. 2017, doi:10.1002/mrm.26089)
 .npz with ``magnitude``       a magnitude image ``(y, x)``
 ============================  ===========================================================================================
 
-A patient is fastMRI's ``patient_id``, ISMRMRD's patientID, the subject that ``index.csv`` names, or a file of its own.
+A patient is fastMRI's ``patient_id``, ISMRMRD's patientID, the subject that ``index.csv`` names, or a file of its own. A
+scanner is the one that the header names, or ``index.csv`` where it names none.
 **Simulated** is what comes from magnitude images (these and any DICOM or NIfTI series): a smooth phase and a ring of
 coils are made up, the same whenever the same image is read. They are used where the plan says ``simulated = true``.
 """
@@ -84,7 +85,7 @@ def inspect(path: Path, relative: PurePosixPath, secret: bytes, index: Index) ->
             kind=Kind.KSPACE,
             role=Role.IMAGE,
             modality="MR",
-            scanner=str(said["scanner"]) if said["scanner"] else None,
+            scanner=str(said["scanner"]) if said["scanner"] else index.scanners.get(relative.stem),
             split=index.splits.get(relative.stem),
         )
 

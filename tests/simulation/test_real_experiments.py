@@ -8,32 +8,44 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from client.data.images import Index
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
+from shared_models.scanners import is_scanner
 from simulation.experiments import chest_radiographs, harness, unseen_camera
 from simulation.run import Watcher
 
 
 class TestUnseenCamera:
-    def test_arms_differ_in_appearance_alone(self):
+    def test_arms_differ_in_adaptation_alone(self):
         """
         One plan with and without, whichever camera is left out; where all take part nobody is left out.
         """
         plans = unseen_camera.arms(quick=False)
 
-        assert len(plans) == 7
+        assert len(plans) == 13
         for camera in unseen_camera.CAMERAS:
-            plain, appearance = (plans[f"{camera}, {way}"] for way in ("plain", "appearance"))
+            plain = plans[f"{camera}, plain"]
             assert plain == plans["all take part"]
-            assert appearance.model_copy(update={"adaptation": None}) == plain
-            assert unseen_camera.left_out(f"{camera}, plain") == (camera,)
+            for way, table in unseen_camera.TABLES.items():
+                plan = plans[f"{camera}, {way}"]
+                assert plan.model_copy(update={"adaptation": None}) == plain
+                assert bool(plan.adaptation and plan.adaptation.appearance) is ("appearance" in way)
+                assert plan.is_adversarial is ("adversary" in way)
+                assert (plan.adaptation is None) is (table is None)
+                assert unseen_camera.left_out(f"{camera}, {way}") == (camera,)
         assert unseen_camera.left_out("all take part") == ()
 
-    def test_gains_are_means_over_cameras_of_differences_within_seeds(self):
+    def test_claims_are_means_over_cameras_of_differences_within_seeds(self):
         """
         Elsewhere and at home, seed by seed.
         """
-        dice = {"plain": ((0.5, 0.6), (0.8, 0.8)), "appearance": ((0.55, 0.7), (0.79, 0.81))}
+        dice = {
+            "plain": ((0.5, 0.6), (0.8, 0.8)),
+            "appearance": ((0.55, 0.7), (0.79, 0.81)),
+            "adversary": ((0.1, 0.1), (0.1, 0.1)),
+            "appearance, adversary": ((0.57, 0.69), (0.1, 0.1)),
+        }
         results = {
             f"{camera}, {way}": [
                 {"scanners": {"unseen": {camera: {"dice": away}}}, "test": {"dice": home}}
@@ -47,6 +59,36 @@ class TestUnseenCamera:
 
         assert claims["appearance_gain"] == pytest.approx([0.05, 0.1])
         assert claims["home_cost"] == pytest.approx([0.01, -0.01])
+        assert claims["adversary_on_top"] == pytest.approx([0.02, -0.01])
+
+    def test_photographs_are_dealt_with_the_camera_that_took_them(self, tmp_path):
+        """
+        What is published beside them stays; other collections stay behind.
+        """
+        source = tmp_path / "retina"
+        for site in (*unseen_camera.CAMERAS, "another"):
+            (source / site / "images").mkdir(parents=True)
+            (source / site / "images" / "7.png").write_bytes(site.encode())
+        lines = [f"{site},7,{site}-person,train" for site in (*unseen_camera.CAMERAS, "another")]
+        (source / "index.csv").write_text("\n".join(["site,id,subject,split", *lines]))
+
+        folder = unseen_camera.deal(source, tmp_path / "dealt", 0)
+
+        for camera, device in unseen_camera.CAMERAS.items():
+            index = Index.of(folder / camera)
+            assert (folder / camera / "images" / "7.png").read_bytes() == camera.encode()
+            assert index.scanners == {"7": device}
+            assert is_scanner(device)
+            assert (index.subjects, index.splits) == ({"7": f"{camera}-person"}, {"7": "train"})
+        assert not (folder / "another").exists()
+
+    def test_folder_without_a_collection_is_refused(self, tmp_path):
+        """
+        With what is missing, and what to give.
+        """
+        with pytest.raises(FederadError, match="drive") as refused:
+            unseen_camera.deal(tmp_path, tmp_path / "dealt", 0)
+        assert refused.value.code == "R230"
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -168,6 +170,22 @@ class TestIndex:
 
         assert index.subjects == {"a": "anna", "b": "bert"}
         assert index.splits == {"a": "validation"}
+
+    def test_index_says_which_camera_took_a_photograph(self, tmp_path, secret, write_picture):
+        """
+        Photographs have no header for it; masks were taken by nobody. An empty field names no camera.
+        """
+        (tmp_path / "index.csv").write_text("id,scanner\na,NIDEK  NM-200-D \nb, \n")
+        index = images.Index.of(tmp_path)
+
+        def scanners(relative):
+            path = tmp_path / relative
+            path.parent.mkdir(exist_ok=True)
+            write_picture(path, np.zeros((50, 60), np.uint8))
+            return [one.scanner for one in images.inspect_picture(path, PurePosixPath(relative), secret, index)]
+
+        assert scanners("images/a.png") == ["NIDEK NM-200-D"]
+        assert scanners("masks/a.png") == scanners("images/b.png") == scanners("images/c.png") == [None]
 
     def test_folder_without_an_index_has_an_empty_one(self, tmp_path):
         """

@@ -57,8 +57,8 @@ def a_file(folder, name="study.h5", images=None, patient="P-1"):
     return path
 
 
-def inspected(path, secret):
-    return kspace.inspect(path, PurePosixPath(path.name), secret, Index({}, {}))
+def inspected(path, secret, index=None):
+    return kspace.inspect(path, PurePosixPath(path.name), secret, index or Index({}, {}))
 
 
 class TestFastMri:
@@ -83,6 +83,18 @@ class TestFastMri:
         assert first.patient == second.patient != other.patient
         assert first.study != second.study
         assert first.scanner == f"{SCANNER.manufacturer} {SCANNER.model} 1.5 T"
+
+    def test_index_names_the_scanner_of_a_file_that_does_not(self, tmp_path, secret):
+        """
+        What the file itself says goes first.
+        """
+        index = Index({}, {}, {"silent": "GE Vesper 1.5 T", "speaking": "GE Vesper 1.5 T"})
+        silent = tmp_path / "silent.npz"
+        np.savez(silent, magnitude=np.ones((32, 32), np.uint16))
+
+        assert inspected(silent, secret).scanner is None
+        assert inspected(silent, secret, index).scanner == "GE Vesper 1.5 T"
+        assert inspected(a_file(tmp_path, "speaking.h5"), secret, index).scanner.startswith(SCANNER.manufacturer)
 
     def test_more_coils_are_compressed_and_fewer_are_missing(self, tmp_path):
         """
