@@ -7,7 +7,8 @@ arXiv:1706.04599).
 
 Of a segmentation voxels are looked at within 8 mm (or pixels, of photographs) of the reference or of what was predicted,
 since the rest of an image is easy and would hide everything; of a classification the labels. A patient is flagged by a
-number that no reference is needed for; how well each number flags is the area under its curve for poor patients.
+number that no reference is needed for, of a segmentation the mean over what was outlined (Roy et al. 2019,
+doi:10.1016/j.neuroimage.2019.03.042); how well each number flags is the area under its curve for poor patients.
 """
 
 from __future__ import annotations
@@ -158,18 +159,20 @@ def _looked_at(
             named.append(probabilities.argmax(0).astype(np.uint8))
     everybody = together["ensemble"]
     ways = {"single": single, "scaled": _scaled(single, warm), **{kind: one.mean for kind, one in together.items()}}
-    near = shown = np.ones(truth.shape, np.bool_)
+    near = of_single = of_ensemble = np.ones(truth.shape, np.bool_)
     if isinstance(trainer.task, Segmentation):
-        outlines = [truth > 0, single.argmax(0) > 0, ways["ensemble"].argmax(0) > 0]
-        near, shown = _near(outlines, volume.spacing_mm), _near([one > 0 for one in named], volume.spacing_mm)
+        outlines = [single.argmax(0) > 0, ways["ensemble"].argmax(0) > 0]
+        near = _near([truth > 0, *outlines], volume.spacing_mm)
+        of_single = _outlined(outlines[0])
+        of_ensemble = _outlined(outlines[1], np.logical_or.reduce([one > 0 for one in named]))
     score = _score(trainer, ways["ensemble"], truth)
     is_missed = bool((ways["ensemble"].argmax(0) != truth).any())
     numbers = {
         "score": score,
         "score_single": _score(trainer, single, truth),
-        "entropy": float(everybody.uncertainty[shown].mean()),
-        "entropy_single": float(entropy(single.astype(np.float64))[shown].mean() / np.log(len(single))),
-        "mutual_information": float(everybody.disagreement[shown].mean()),
+        "entropy": float(everybody.uncertainty[of_ensemble].mean()),
+        "entropy_single": float(entropy(single.astype(np.float64))[of_single].mean() / np.log(len(single))),
+        "mutual_information": float(everybody.disagreement[of_ensemble].mean()),
         "disagreement": _disagreement(trainer, np.stack(named), len(single)),
     }
     is_poor = score < POOR_DICE if isinstance(trainer.task, Segmentation) else is_missed
@@ -216,6 +219,11 @@ def _near(masks: Sequence[NDArray[np.bool_]], spacing_mm: tuple[float, float, fl
     if outside.all():
         return outside
     return np.asarray(ndimage.distance_transform_edt(outside, sampling=spacing_mm) <= NEAR_MM)
+
+
+def _outlined(*masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The first of the masks that holds anything; all voxels where none does."""
+    return next((mask for mask in masks if mask.any()), np.ones_like(masks[0]))
 
 
 def _score(trainer: Trainer, probabilities: Probabilities, truth: NDArray[np.int64]) -> float:

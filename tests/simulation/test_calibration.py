@@ -10,7 +10,7 @@ import pytest
 from client.training import Trainer
 from shared_models.errors import FederadError
 from shared_models.plan import Plan
-from shared_models.uncertainty import expected_calibration_error
+from shared_models.uncertainty import entropy, expected_calibration_error
 from shared_models.volume import Volume
 from shared_models.weights import decode
 from simulation import calibration
@@ -177,6 +177,26 @@ class TestNumbers:
 
         assert len(confidence) == 10 * 10 + 4 * 2 * 10 + 4
         assert is_right.all()
+
+    def test_entropy_is_that_of_what_was_outlined(self, monkeypatch):
+        """
+        Not of the many easy places around it; of members where together they outline nothing, and of all places where
+        nobody outlines anything.
+        """
+        unsure = np.full((48, 48), 0.001)
+        unsure[10:20, 10:20] = 0.6
+        empty = np.full((48, 48), 0.001)
+        of_outline, of_rest = (float(entropy(np.array([1 - p, p])) / np.log(2)) for p in (0.6, 0.001))
+        both = self.outlined(plan_of(), [unsure, unsure], monkeypatch).numbers
+        half = self.outlined(plan_of(), [empty, unsure], monkeypatch).numbers
+        none = self.outlined(plan_of(), [empty, empty], monkeypatch).numbers
+
+        assert both["entropy"] == pytest.approx(of_outline, rel=1e-4)
+        assert both["entropy_single"] == pytest.approx(of_outline, rel=1e-4)
+        assert both["mutual_information"] == pytest.approx(0, abs=1e-6)
+        assert half["entropy"] > half["mutual_information"] > 0.1
+        assert half["entropy_single"] == pytest.approx(of_rest, rel=1e-4)
+        assert none["entropy"] == pytest.approx(of_rest, rel=1e-4)
 
     def test_flag_that_ranks_patients_by_what_is_missing_is_perfect(self):
         """

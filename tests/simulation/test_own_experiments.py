@@ -52,28 +52,35 @@ class TestStrategies:
 
 
 class TestUncertainty:
-    def test_a_scanner_that_nobody_trained_on_is_looked_at_too(self):
+    def test_scanners_that_nobody_trained_on_are_looked_at_too(self):
         """
-        It is that of no site, and learning rates stay as they are.
+        They are those of no site, and learning rates stay as they are.
         """
         (plan,) = uncertainty.arms(quick=False).values()
 
-        assert plan.simulation.unseen == (uncertainty.UNSEEN,)
-        assert uncertainty.UNSEEN not in plan.simulation.scanners
+        assert plan.simulation.unseen == uncertainty.UNSEEN
+        assert set(uncertainty.UNSEEN).isdisjoint(plan.simulation.scanners)
         assert plan.training.schedule == "constant"
 
     def test_claims_are_ratios_of_each_seed(self):
         """
-        Calibration of the ensemble over that of the last model, entropy unseen over seen, and how disagreement ranks.
+        Calibration of the ensemble over that of the last model, entropy of either kind of unseen scanner over that of
+        seen ones, and how disagreement ranks.
         """
         numbers = dict.fromkeys(("score", "score_single", "disagreement", "mutual_information"), 0.5)
-        patients = [{"seen": i >= 20, "entropy": 0.3 if i < 20 else 0.2, **numbers} for i in range(40)]
+        of_site = {"site-1": 0.1, "site-2": 0.3, "unseen-1": 0.3, "unseen-2": 0.6, "unseen-3": 0.2}
+        patients = [
+            {"site": site, "seen": site.startswith("site"), "entropy": entropy, **numbers}
+            for site, entropy in of_site.items()
+        ]
         ece = {"single": 0.1, "scaled": 0.08, "sites": 0.09, "snapshots": 0.06, "ensemble": 0.05}
         flags = {name: {"auroc": 0.9 if name == "disagreement" else 0.5, "correlation": 0.1} for name in FLAGS}
         table = uncertainty.evaluate({"": [{"uncertainty": {"ece": ece, "patients": patients, "flags": flags}}]})
         claims = {c["id"]: c["value"] for c in table["claims"]}
 
-        assert claims == pytest.approx({"ece_ratio": 0.5, "entropy_ratio": 1.5, "flag_auroc": 0.9})
+        assert claims == pytest.approx(
+            {"ece_ratio": 0.5, "entropy_ratio": 2.0, "entropy_ratio_sequence": 1.5, "flag_auroc": 0.9}
+        )
 
     def test_seed_in_which_nobody_is_poor_cannot_be_summed_up(self):
         """
@@ -81,10 +88,11 @@ class TestUncertainty:
         """
         patients = [
             {
-                "seen": bool(i),
+                "site": site,
+                "seen": site == "site-1",
                 **dict.fromkeys(("entropy", "score", "score_single", "disagreement", "mutual_information"), 0.5),
             }
-            for i in range(2)
+            for site in ("site-1", "unseen-1", "unseen-2", "unseen-3")
         ]
         flags = {name: {"auroc": None, "correlation": None} for name in FLAGS}
         ece = dict.fromkeys(("single", "scaled", "sites", "snapshots", "ensemble"), 0.1)
