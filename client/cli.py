@@ -35,11 +35,8 @@ from rich.table import Table  # noqa: E402
 
 from client.folder import SiteFolder, become_owner, cannot, name_of, owner_of  # noqa: E402
 from client.processes import holder  # noqa: E402
-from shared_models.commands import typed  # noqa: E402
+from shared_models.commands import run_command, typed  # noqa: E402
 from shared_models.errors import FederadError  # noqa: E402
-
-TYPER_INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
 
 UP_S = 90.0
 """How long ``start`` waits for both processes on a busy machine [s]."""
@@ -767,44 +764,22 @@ def courier(site: Site = None) -> None:
 
 
 def main() -> None:
-    """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
+    """Run the command."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
-    as_json = "--json" in sys.argv
-    try:
-        if app(standalone_mode=False) == TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-    except FederadError as error:
-        sys.exit(tell(error, as_json))
-    except (KeyboardInterrupt, typer.Abort):
-        stopped = FederadError(
-            "R233",
-            happened="Stopped by the user.",
-            because="What was done until then is kept; processes that were started go on.",
-            remedies=("run the same command again: it goes on from there", "federad-site status shows what is running"),
-        )
-        sys.exit(tell(stopped, as_json))
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own usage errors have one
-            raise
-        sys.exit(tell(usage_error(error), as_json))
+    stopped = FederadError(
+        "R233",
+        happened="Stopped by the user.",
+        because="What was done until then is kept; processes that were started go on.",
+        remedies=("run the same command again: it goes on from there", "federad-site status shows what is running"),
+    )
+    run_command(app, stopped=stopped, misunderstood=misunderstood)
 
 
-def usage_error(error: Any) -> FederadError:
+def misunderstood(happened: str) -> FederadError:
     """A mistake on the command line as a numbered error."""
     return cannot(
-        str(error.format_message()),
-        "The command cannot tell what is wanted.",
-        "federad-site --help",
-        "federad-site COMMAND --help",
+        happened, "The command cannot tell what is wanted.", "federad-site --help", "federad-site COMMAND --help"
     )
-
-
-def tell(error: FederadError, as_json: bool) -> int:
-    """Print an error where its reader looks, and return the exit status."""
-    if as_json:
-        print(json.dumps(error.as_json()))
-    print(error, file=sys.stderr)
-    return error.exit_status
 
 
 def print_line(text: str) -> None:

@@ -23,15 +23,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from shared_models.commands import typed
+from shared_models.commands import run_command, typed
 from shared_models.errors import TITLES, FederadError
 
 if TYPE_CHECKING:
     from server.consortium import Consortium
     from shared_models.plan import Plan
-
-TYPER_INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
 
 FOLDER_VARIABLE = "FEDERAD_SERVER"
 DEFAULT_FOLDER = Path("consortium")
@@ -413,26 +410,15 @@ def serve(folder: Dir = None) -> None:
 
 
 def main() -> None:
-    """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
+    """Run the command."""
     logging.basicConfig(level=logging.ERROR, format="%(asctime)s %(name)s: %(message)s")
-    as_json = "--json" in sys.argv
-    try:
-        if app(standalone_mode=False) == TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-    except FederadError as error:
-        sys.exit(tell(error, as_json))
-    except (KeyboardInterrupt, typer.Abort):
-        stopped = FederadError(
-            "S199",
-            happened="Stopped by the user.",
-            because="The server and its runs go on; only this command ended.",
-            remedies=("federad-server status",),
-        )
-        sys.exit(tell(stopped, as_json))
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own usage errors have one
-            raise
-        sys.exit(tell(misunderstood(str(error.format_message()), "federad-server --help"), as_json))
+    stopped = FederadError(
+        "S199",
+        happened="Stopped by the user.",
+        because="The server and its runs go on; only this command ended.",
+        remedies=("federad-server status",),
+    )
+    run_command(app, stopped=stopped, misunderstood=lambda happened: misunderstood(happened, "federad-server --help"))
 
 
 def order(consortium: Consortium, agreed: Plan, seed: int, n_sites: int | None, as_json: bool) -> None:
@@ -522,14 +508,6 @@ def not_running() -> FederadError:
         because="There is nothing to stop.",
         remedies=("federad-server start", "or say which folder: --dir DIR, or FEDERAD_SERVER in the environment"),
     )
-
-
-def tell(error: FederadError, as_json: bool) -> int:
-    """Print an error where its reader looks, and return the exit status."""
-    if as_json:
-        print(json.dumps(error.as_json()))
-    print(error, file=sys.stderr)
-    return error.exit_status
 
 
 def done(told: dict[str, Any], text: str, as_json: bool, *next_steps: str) -> None:

@@ -17,10 +17,8 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from shared_models.commands import run_command  # noqa: E402
 from shared_models.errors import FederadError  # noqa: E402
-
-TYPER_INTERRUPTED = 130
-"""What typer makes of Ctrl-C."""
 
 app = typer.Typer(
     help="Try a plan on many emulated hospitals and scanners, on one machine.",
@@ -269,44 +267,25 @@ def log(
 
 
 def main() -> None:
-    """Run the command; a numbered error becomes a message and an exit status, never a traceback."""
+    """Run the command."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
-    as_json = "--json" in sys.argv
-    try:
-        if app(standalone_mode=False) == TYPER_INTERRUPTED:
-            raise KeyboardInterrupt
-    except FederadError as error:
-        sys.exit(tell(error, as_json))
-    except (KeyboardInterrupt, typer.Abort):
-        stopped = FederadError(
-            "R233",
-            happened="Stopped by the user.",
-            because="What was done until then is kept in the result folder.",
-            remedies=("look at report.html there", "run the same command again to start afresh"),
-        )
-        sys.exit(tell(stopped, as_json))
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # click's own usage errors have one
-            raise
-        sys.exit(tell(usage_error(error), as_json))
+    stopped = FederadError(
+        "R233",
+        happened="Stopped by the user.",
+        because="What was done until then is kept in the result folder.",
+        remedies=("look at report.html there", "run the same command again to start afresh"),
+    )
+    run_command(app, stopped=stopped, misunderstood=misunderstood)
 
 
-def usage_error(error: Any) -> FederadError:
+def misunderstood(happened: str) -> FederadError:
     """A mistake on the command line as a numbered error."""
     return FederadError(
         "R230",
-        happened=str(error.format_message()),
+        happened=happened,
         because="The command cannot tell what is wanted.",
         remedies=("federad-sim --help", "federad-sim COMMAND --help"),
     )
-
-
-def tell(error: FederadError, as_json: bool) -> int:
-    """Print an error where its reader looks, and return the exit status."""
-    if as_json:
-        print(json.dumps(error.as_json()))
-    print(error, file=sys.stderr)
-    return error.exit_status
 
 
 def watching(plan: Any, as_json: bool) -> Any:
