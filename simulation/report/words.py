@@ -40,6 +40,19 @@ METRICS = {
     "magnitude_psnr": ("magnitude PSNR (dB)", ""),
     "ssim": ("SSIM", "SSIM is the likeness of structures: 1 is perfect."),
     "nmse": ("NMSE", "NMSE is the squared error over the square of the reference."),
+    "ece": (
+        "calibration error",
+        "The expected calibration error is how far confidence is from the share that is right: 0 is honest.",
+    ),
+    "entropy": ("entropy", "Entropy is how undecided models are: 0 sure, 1 as undecided as can be."),
+    "mutual_information": ("mutual information", "Mutual information is the part of entropy in which models differ."),
+    "disagreement": ("disagreement", "Disagreement is how far the answers of models part: 0 not at all, 1 altogether."),
+    "flag_auroc": ("AUC for poor patients", "It is the chance that of two patients the one who does badly is flagged."),
+    "amplification": (
+        "amplification",
+        "Amplification is how much larger the image's change is than that of the samples, at the worst that was found.",
+    ),
+    "structure": ("structure", "Structure is the share of an inserted disc that the image shows."),
 }
 """Each metric's name in a heading and what it says; any other is shown with its underscores as spaces."""
 
