@@ -15,6 +15,7 @@ from simulation.experiments.self_configuration import SELF_CONFIGURATION
 from simulation.experiments.stability import STABILITY
 from simulation.experiments.strategies import STRATEGIES_EXPERIMENT
 from simulation.experiments.uncertainty import UNCERTAINTY
+from simulation.experiments.unseen_camera import UNSEEN_CAMERA
 from simulation.experiments.unseen_scanner import UNSEEN_SCANNER
 from simulation.experiments.weak_labels import WEAK_LABELS
 
@@ -26,6 +27,7 @@ EXPERIMENTS = {
         CLASSIFICATION,
         CLASSIFICATION_REAL,
         CHEST_RADIOGRAPHS,
+        UNSEEN_CAMERA,
         RECONSTRUCTION,
         RECONSTRUCTION_REAL,
         SELF_CONFIGURATION,
