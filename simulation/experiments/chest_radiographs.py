@@ -7,7 +7,7 @@ last third without a finding. That is a real case of ``confounded``, with few pa
 use): what it shows are ways to train beside each other, never how well anything is diagnosed (DeGrave et al. 2021,
 doi:10.1038/s42256-021-00338-7, show how such networks fail).
 
-Pictures carry no header that names a scanner, so nothing is there for an adversary to decide.
+Nobody says which devices took the pictures, so nothing is there for an adversary to decide.
 """
 
 from __future__ import annotations
