@@ -186,16 +186,21 @@ class TestNumbers:
         unsure = np.full((48, 48), 0.001)
         unsure[10:20, 10:20] = 0.6
         empty = np.full((48, 48), 0.001)
-        of_outline, of_rest = (float(entropy(np.array([1 - p, p])) / np.log(2)) for p in (0.6, 0.001))
+        surer = np.where(unsure == 0.6, 0.9, empty)
+        of_outline, of_rest, of_mean = (
+            float(entropy(np.array([1 - p, p])) / np.log(2)) for p in (0.6, 0.001, (0.6 + 0.001) / 2)
+        )
         both = self.outlined(plan_of(), [unsure, unsure], monkeypatch).numbers
         half = self.outlined(plan_of(), [empty, unsure], monkeypatch).numbers
+        most = self.outlined(plan_of(), [empty, surer, surer], monkeypatch).numbers
         none = self.outlined(plan_of(), [empty, empty], monkeypatch).numbers
 
         assert both["entropy"] == pytest.approx(of_outline, rel=1e-4)
         assert both["entropy_single"] == pytest.approx(of_outline, rel=1e-4)
         assert both["mutual_information"] == pytest.approx(0, abs=1e-6)
-        assert half["entropy"] > half["mutual_information"] > 0.1
-        assert half["entropy_single"] == pytest.approx(of_rest, rel=1e-4)
+        assert half["entropy"] == pytest.approx(of_mean, rel=1e-4)
+        assert half["mutual_information"] == pytest.approx(of_mean - (of_outline + of_rest) / 2, rel=1e-4)
+        assert half["entropy_single"] == most["entropy_single"] == pytest.approx(of_rest, rel=1e-4)
         assert none["entropy"] == pytest.approx(of_rest, rel=1e-4)
 
     def test_flag_that_ranks_patients_by_what_is_missing_is_perfect(self):
