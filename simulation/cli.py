@@ -273,7 +273,7 @@ def main() -> None:
         "R233",
         happened="Stopped by the user.",
         because="What was done until then is kept in the result folder.",
-        remedies=("look at report.html there", "run the same command again: an experiment goes on, a run starts afresh"),
+        remedies=("look at report.html there", "run the same command again: experiments go on, runs start afresh"),
     )
     run_command(app, stopped=stopped, misunderstood=misunderstood)
 
